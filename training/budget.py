@@ -1,0 +1,146 @@
+"""The budget: how wide each layer may be so that the exported model never exceeds p.
+
+Widths come from the trained logits by one threshold shift for the whole model: a neuron, unit or value
+dim is wanted where its keep margin plus the shift is positive. :func:`solve_widths` finds the largest
+shift whose widths, equalised within a layer and rounded to hardware multiples, fit the budget.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tomoe_vllm.hf.tomoe_math import BlockShape, keep_margin, top_mask
+
+NUM_QUANTILES = 513
+"""Points of the stored value-logit distribution: K is then exact to 1/8 of a dim at head_dim 64."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerLogits:
+    """Mask logits of one layer, noise-free.
+
+    experts: [N, F]; query_key: [U]; value: for ``vo_mode`` dynamic, :data:`NUM_QUANTILES` quantiles of
+    the value logits over tokens of training text and dims; static, the logits [A]; none, None.
+    """
+
+    experts: Tensor
+    query_key: Tensor
+    value: Tensor | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Widths:
+    """Widths of every layer, and the threshold shift they came from."""
+
+    experts: list[int]
+    qk_dims: list[int]
+    vo_dims: list[int]
+    shift: float
+
+    def active_parameters(self, shape: BlockShape) -> int:
+        """Active block parameters of the whole model (eq. 8)."""
+        return sum(
+            int(shape.active_parameters(qk, vo, mlp))
+            for qk, vo, mlp in zip(self.qk_dims, self.vo_dims, self.experts, strict=True)
+        )
+
+    def active_ratio(self, shape: BlockShape) -> float:
+        """Active over total block parameters."""
+        return self.active_parameters(shape) / (shape.total_parameters * len(self.experts))
+
+
+def round_width(width: float, multiple: int, limit: int) -> int:
+    """Nearest positive multiple, or ``limit`` itself where the multiples end above it."""
+    return min(max(multiple, round(width / multiple) * multiple), limit)
+
+
+def unit_sizes(shape: BlockShape) -> Tensor:
+    """Head dims in each unit: 2 for a RoPE pair, 1 for an unrotated dim. [U]."""
+    sizes = torch.ones(shape.num_units, dtype=torch.long)
+    sizes[: shape.rotary_dim // 2] = 2
+    return sizes
+
+
+def choose_units(logits: Tensor, num_dims: int, shape: BlockShape) -> Tensor:
+    """Kept units holding exactly ``num_dims`` head dims, best logits first. [U] bool.
+
+    Pairs are taken two dims at a time; an unpaired remainder is filled with single dims.
+    """
+    kept = torch.zeros(shape.num_units, dtype=torch.bool)
+    left, sizes = num_dims, unit_sizes(shape).tolist()
+    for unit in logits.argsort(descending=True, stable=True).tolist():
+        if sizes[unit] <= left:
+            kept[unit] = True
+            left -= sizes[unit]
+    if left:
+        raise ValueError(f"{num_dims} Q/K dims cannot be made of RoPE pairs; use an even --head-dim-multiple")
+    return kept
+
+
+def _wanted_dims(layer: LayerLogits, shape: BlockShape, shift: float) -> tuple[float, float, float]:
+    experts = (keep_margin(layer.experts) + shift > 0).sum(dim=-1).max().item()
+    sizes = unit_sizes(shape).to(layer.query_key.device)
+    query_key = ((keep_margin(layer.query_key) + shift > 0) * sizes).sum().item()
+    if layer.value is None:
+        return experts, query_key, shape.head_dim
+    value = (keep_margin(layer.value) + shift > 0).float().mean().item() * shape.head_dim
+    return experts, query_key, value
+
+
+def widths_at(
+    layers: list[LayerLogits], shape: BlockShape, shift: float, *, width_multiple: int, head_dim_multiple: int
+) -> Widths:
+    """Rounded widths at one threshold shift. Widths never fall below one multiple."""
+    experts, qk_dims, vo_dims = [], [], []
+    for layer in layers:
+        mlp, query_key, value = _wanted_dims(layer, shape, shift)
+        experts.append(round_width(mlp, width_multiple, shape.intermediate_size))
+        qk_dims.append(round_width(query_key, head_dim_multiple, shape.head_dim))
+        # K of a per-token top-K is masked, not sliced: it needs no multiple. Static V/O dims are sliced.
+        is_dynamic = layer.value is not None and layer.value.numel() == NUM_QUANTILES
+        vo_dims.append(round_width(value, 1 if is_dynamic else head_dim_multiple, shape.head_dim))
+    return Widths(experts=experts, qk_dims=qk_dims, vo_dims=vo_dims, shift=shift)
+
+
+def solve_widths(
+    layers: list[LayerLogits],
+    shape: BlockShape,
+    active_ratio: float,
+    *,
+    width_multiple: int = 32,
+    head_dim_multiple: int = 8,
+) -> Widths:
+    """The widest model whose active block parameters are at most ``active_ratio`` of all: never over.
+
+    Bisection over the shift: widths grow with it. Raises ``ValueError`` if even the narrowest model
+    (one multiple everywhere) is over the budget.
+    """
+
+    def at(shift: float) -> Widths:
+        return widths_at(
+            layers, shape, shift, width_multiple=width_multiple, head_dim_multiple=head_dim_multiple
+        )
+
+    logits = [t for layer in layers for t in (layer.experts, layer.query_key, layer.value) if t is not None]
+    reach = max(keep_margin(t).abs().max().item() for t in logits) + 1.0
+    low, high = -reach, reach
+    if at(low).active_ratio(shape) > active_ratio:
+        raise ValueError(
+            f"active_ratio {active_ratio} is below the narrowest model of this shape, "
+            f"{at(low).active_ratio(shape):.3f}; raise it, or lower --width-multiple and --head-dim-multiple"
+        )
+    if at(high).active_ratio(shape) <= active_ratio:
+        return at(high)
+    for _ in range(60):
+        middle = (low + high) / 2
+        if at(middle).active_ratio(shape) <= active_ratio:
+            low = middle
+        else:
+            high = middle
+    return at(low)
+
+
+def expert_masks(logits: Tensor, width: int) -> Tensor:
+    """Every expert's ``width`` best neurons: [N, F] bool. Narrow experts are filled up with their next best."""
+    return top_mask(logits, width)

@@ -1,0 +1,53 @@
+"""Perplexity by one fixed protocol.
+
+The whole text is tokenised once, with the special tokens the tokenizer adds by default; it is cut into
+non-overlapping blocks of ``block_size`` tokens, the incomplete last one dropped; each block starts
+without context, and its first token is not scored. Perplexity = exp(mean negative log-likelihood per
+scored token), token level, summed in float64.
+"""
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def text_blocks(tokenizer, text: str, block_size: int, max_blocks: int | None) -> Tensor:
+    """Token blocks of a text: [num_blocks, block_size] int64.
+
+    Raises ``ValueError`` if the text is shorter than one block.
+    """
+    ids = tokenizer(text, return_tensors="pt", verbose=False).input_ids[0]
+    num_blocks = len(ids) // block_size
+    if num_blocks == 0:
+        raise ValueError(f"the text has {len(ids)} tokens, less than one block of {block_size}; lower --block-size")
+    blocks = ids[: num_blocks * block_size].view(num_blocks, block_size)
+    return blocks[:max_blocks] if max_blocks else blocks
+
+
+@torch.inference_mode()
+def negative_log_likelihoods(model, blocks: Tensor) -> Iterator[float]:
+    """Summed negative log-likelihood of each block under a Hugging Face causal LM, in nats."""
+    for block in blocks:
+        ids = block.unsqueeze(0).to(model.device)
+        logits = model(ids, use_cache=False).logits[0, :-1]
+        yield F.cross_entropy(logits.float(), ids[0, 1:], reduction="sum").item()
+
+
+def perplexity_from(nlls: list[float], blocks: Tensor) -> float:
+    """exp(mean negative log-likelihood) over the scored tokens of the blocks."""
+    return math.exp(math.fsum(nlls) / (len(nlls) * (blocks.shape[1] - 1)))
+
+
+def load_model(folder: Path, dtype: torch.dtype = torch.float32):
+    """A dense or ToMoE checkpoint as a Hugging Face model in eval mode, and its tokenizer."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from tomoe_vllm.hf.register import register_with_transformers
+
+    register_with_transformers()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+    return model, AutoTokenizer.from_pretrained(folder)

@@ -1,0 +1,160 @@
+"""Training's gates: masks that come from embeddings, with noise and straight-through gradients.
+
+They sit where the reference model's gates sit (they subclass them) and differ only in how a mask comes
+about. Masks of experts and Q/K are made once per step and indexed per token, not sampled per token: the
+logits depend on the expert alone, so this is T/N times cheaper and changes only how noise is shared.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tomoe_vllm.hf.configuration_tomoe import Family, block_shape, family_of
+from tomoe_vllm.hf.modeling_tomoe import ExpertGate, HeadGate
+from tomoe_vllm.hf.tomoe_math import head_units, mask_heads, value_logits
+from training.budget import Widths, unit_sizes
+from training.relaxation import sample_mask, sample_route, straight_through, width_mask
+
+
+class LayerNoise(NamedTuple):
+    """One layer's part of :class:`~training.relaxation.StepNoise`; None is noise-free."""
+
+    experts: Tensor | None = None
+    query_key: Tensor | None = None
+    router: Tensor | None = None
+    value: Tensor | None = None
+
+
+NOISE_FREE = LayerNoise()
+
+
+class TrainedHeadGate(HeadGate):
+    """Head-dim masks of one attention layer from its module's expert embeddings (eq. 5)."""
+
+    def __init__(self, config, layer_idx: int, *, router_dim: int, vo_mode: str, tau: float):
+        super().__init__()
+        shape = block_shape(config)
+        self.layer_idx, self.vo_mode, self.tau = layer_idx, vo_mode, tau
+        self.register_buffer("units", head_units(shape.head_dim, shape.rotary_dim), persistent=False)
+        self.register_buffer("unit_sizes", unit_sizes(shape), persistent=False)
+        self.norm = nn.LayerNorm(router_dim)
+        self.query_key_up = nn.Linear(router_dim, shape.num_units, bias=False)
+        self.query_key_offset = nn.Parameter(torch.zeros(shape.num_units))
+        self.embedding_offset = nn.Parameter(torch.zeros(router_dim))
+        if vo_mode != "none":
+            self.value_up = nn.Linear(router_dim, shape.head_dim, bias=False)
+        if vo_mode == "dynamic":
+            self.value_down = nn.Linear(shape.hidden_size, router_dim, bias=False)
+        if vo_mode == "static":
+            self.value_offset = nn.Parameter(torch.zeros(shape.head_dim))
+        self.record_value_logits: list[Tensor] | None = None
+
+    def mean_embedding(self, embedding: Tensor) -> Tensor:
+        """Mean expert embedding [R] of this module: the value router's bias."""
+        return embedding.mean(dim=0) + self.embedding_offset
+
+    def static_logits(self, mean: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Q/K logits [U], and V/O logits [A] if they are static."""
+        hidden = F.gelu(self.norm(mean))
+        query_key = self.query_key_up(hidden) + self.query_key_offset
+        value = self.value_up(hidden) + self.value_offset if self.vo_mode == "static" else None
+        return query_key, value
+
+    def begin(self, embedding: Tensor, noise: LayerNoise, widths: Widths | None) -> None:
+        """Make this step's masks from embeddings [N, R]. With ``widths``, exactly that wide."""
+        self._mean, self._noise, self._widths = self.mean_embedding(embedding), noise, widths
+        query_key, value = self.static_logits(self._mean)
+        if widths is None:
+            units = sample_mask(query_key, noise.query_key, self.tau)
+        else:
+            units = self._exact_units(query_key, widths.qk_dims[self.layer_idx], noise.query_key)
+        self.qk_width = (units * self.unit_sizes).sum()
+        self._query_key_mask = units[self.units]
+        self.vo_width = query_key.new_tensor(float(len(self.units)))
+        self._static_value_mask = None
+        if value is not None:
+            if widths is None:
+                self._static_value_mask = sample_mask(value, None, self.tau)
+            else:
+                self._static_value_mask = width_mask(value, widths.vo_dims[self.layer_idx], None, self.tau)
+            self.vo_width = self._static_value_mask.sum()
+
+    def _exact_units(self, logits: Tensor, num_dims: int, noise: Tensor | None) -> Tensor:
+        if int(self.unit_sizes.min()) == 2:
+            return width_mask(logits, num_dims // 2, noise, self.tau)
+        from training.budget import choose_units
+
+        noisy = logits if noise is None else logits + noise
+        kept = choose_units(noisy.detach().cpu(), num_dims, self._shape_like()).to(logits.device)
+        edge = noisy.detach()[kept].min() if bool(kept.any()) else noisy.detach().max()
+        return straight_through(kept.float(), torch.sigmoid((noisy - edge) / self.tau))
+
+    def _shape_like(self):
+        num_pairs = int((self.unit_sizes == 2).sum())
+
+        class _Units:
+            num_units = len(self.unit_sizes)
+            rotary_dim = 2 * num_pairs
+
+        return _Units
+
+    def query_key_mask(self) -> Tensor:
+        return self._query_key_mask
+
+    def value_mask(self, hidden_states: Tensor) -> Tensor | None:
+        if self.vo_mode == "none":
+            return None
+        if self.vo_mode == "static":
+            return self._static_value_mask
+        logits = value_logits(
+            hidden_states, self.value_down.weight, self._mean, self.norm.weight, self.norm.bias, self.value_up.weight
+        )
+        if self.record_value_logits is not None:
+            self.record_value_logits.append(logits.detach())
+        if self._widths is None:
+            mask = sample_mask(logits, self._noise.value, self.tau)
+        else:
+            mask = width_mask(logits, self._widths.vo_dims[self.layer_idx], self._noise.value, self.tau)
+        # The mean over tokens, as K will be; the released code penalises the maximum.
+        self.vo_width = mask.sum(dim=-1).mean()
+        return mask
+
+
+class TrainedExpertGate(ExpertGate):
+    """Neuron masks of one MLP: a router, and N masks from the module's embeddings (eq. 3)."""
+
+    def __init__(self, config, layer_idx: int, *, num_experts: int, router_dim: int, tau: float):
+        super().__init__()
+        shape = block_shape(config)
+        self.layer_idx, self.tau = layer_idx, tau
+        self.router = nn.Linear(shape.hidden_size, num_experts, bias=False)
+        self.norm = nn.LayerNorm(router_dim)
+        self.up = nn.Linear(router_dim, shape.intermediate_size, bias=False)
+        self.offset = nn.Parameter(torch.zeros(num_experts, shape.intermediate_size))
+
+    def logits(self, embedding: Tensor) -> Tensor:
+        """Mask logits of every expert, [N, F], from embeddings [N, R]."""
+        return self.up(F.gelu(self.norm(embedding))) + self.offset
+
+    def begin(self, embedding: Tensor, noise: LayerNoise, widths: Widths | None) -> None:
+        """Make this step's expert masks. With ``widths``, every expert exactly that wide."""
+        logits = self.logits(embedding)
+        if widths is None:
+            self.masks = sample_mask(logits, noise.experts, self.tau)
+        else:
+            self.masks = width_mask(logits, widths.experts[self.layer_idx], noise.experts, self.tau)
+        # What will be exported is free of noise, so that is what width and union are measured on.
+        self.clean_masks = self.masks if noise.experts is None else sample_mask(logits, None, self.tau)
+        self._router_noise = noise.router
+
+    def neuron_mask(self, hidden_states: Tensor) -> Tensor:
+        logits = F.linear(hidden_states.float(), self.router.weight)
+        routes = sample_route(logits, self._router_noise, self.tau)
+        self.fractions = routes.detach().flatten(0, -2).mean(dim=0)
+        self.probabilities = torch.softmax(logits / self.tau, dim=-1).flatten(0, -2).mean(dim=0)
+        return routes @ self.masks
+
+
+__all__ = ["NOISE_FREE", "Family", "LayerNoise", "TrainedExpertGate", "TrainedHeadGate", "family_of", "mask_heads"]

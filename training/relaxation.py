@@ -1,0 +1,106 @@
+"""Gumbel relaxations with straight-through gradients (appendix A.3): the only file with noise.
+
+The noise of a step is a pure function of (seed, step, sequence): a run needs no random state in its
+checkpoints, and two processes with one sequence each draw what one process with both would draw.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tomoe_vllm.hf.tomoe_math import GUMBEL_MEDIAN, KEEP_BIAS
+
+
+def straight_through(hard: Tensor, soft: Tensor) -> Tensor:
+    """Value of ``hard``, gradient of ``soft``. The value is exact: x + (s - s) = x."""
+    return hard.to(soft.dtype) + (soft - soft.detach())
+
+
+def gumbel(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """Gumbel(0, 1) noise, float32, on the CPU."""
+    uniform = torch.rand(shape, generator=generator).clamp_(1e-20, 1 - 1e-7)
+    return -torch.log(-torch.log(uniform))
+
+
+def sample_mask(logits: Tensor, noise: Tensor | None, tau: float) -> Tensor:
+    """ST-GSig, eq. 15: ``round(sigmoid((logits + g + b) / tau))``, a mask of ones and zeros.
+
+    Without noise g is its median, so that the mask is the one :func:`keep_margin` keeps. Any shape.
+    """
+    soft = torch.sigmoid((logits + (GUMBEL_MEDIAN if noise is None else noise) + KEEP_BIAS) / tau)
+    return straight_through(soft > 0.5, soft)
+
+
+def width_mask(logits: Tensor, width: int, noise: Tensor | None, tau: float) -> Tensor:
+    """Exactly ``width`` ones in the last dimension: what export will keep, with a gradient.
+
+    The gradient is that of ``sigmoid((logits - threshold) / tau)`` with the threshold halfway between the
+    last kept and the first dropped logit, held constant.
+    """
+    noisy = logits if noise is None else logits + noise
+    size = logits.shape[-1]
+    if width >= size:
+        return straight_through(torch.ones_like(noisy), torch.sigmoid((noisy - noisy.detach().amin()) / tau))
+    top = noisy.detach().topk(width + 1, dim=-1)
+    threshold = top.values[..., -2:].mean(dim=-1, keepdim=True)
+    hard = torch.zeros_like(noisy).scatter_(-1, top.indices[..., :width], 1.0)
+    return straight_through(hard, torch.sigmoid((noisy - threshold) / tau))
+
+
+def sample_route(logits: Tensor, noise: Tensor | None, tau: float) -> Tensor:
+    """ST-GSmax, eq. 14: one-hot of the (noisy) argmax with the gradient of the tempered softmax. [T, N]."""
+    noisy = logits if noise is None else logits + noise
+    hard = torch.zeros_like(logits).scatter_(-1, noisy.argmax(dim=-1, keepdim=True), 1.0)
+    return straight_through(hard, torch.softmax(noisy / tau, dim=-1))
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepNoise:
+    """Gumbel noise of one step; a None field means no noise there.
+
+    experts: [L, N, F], query_key: [L, U] (one draw per step, shared by all tokens and processes);
+    router: [L, B, S, N], value: [L, B, S, A] (one draw per token).
+    """
+
+    experts: Tensor | None
+    query_key: Tensor | None
+    router: Tensor | None
+    value: Tensor | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoiseSource:
+    """Draws a step's noise. ``mask_scale`` and ``router_scale`` multiply it: 1 is the paper, 0 is none."""
+
+    seed: int
+    num_layers: int
+    num_experts: int
+    num_neurons: int
+    num_units: int
+    head_dim: int
+    mask_scale: float
+    router_scale: float
+
+    def draw(self, step: int, sequence_ids: list[int], length: int) -> StepNoise:
+        """Noise for the given sequences (their global indices) of ``length`` tokens at ``step``."""
+        layers, masks, routes = self.num_layers, self.mask_scale, self.router_scale
+        shared = self._generator(step, -1)
+        per_token = [self._generator(step, sequence) for sequence in sequence_ids]
+
+        def tokens(width: int, scale: float) -> Tensor | None:
+            if not scale:
+                return None
+            return scale * torch.stack([gumbel((layers, length, width), g) for g in per_token], dim=1)
+
+        return StepNoise(
+            experts=masks * gumbel((layers, self.num_experts, self.num_neurons), shared) if masks else None,
+            query_key=masks * gumbel((layers, self.num_units), shared) if masks else None,
+            router=tokens(self.num_experts, routes),
+            value=tokens(self.head_dim, masks),
+        )
+
+    def _generator(self, step: int, sequence: int) -> torch.Generator:
+        # A prime mix; torch's own seeding spreads near seeds well enough for noise.
+        mixed = (self.seed * 1_000_003 + step) * 998_244_353 + (sequence + 1) * 15_485_863
+        return torch.Generator().manual_seed(mixed % (1 << 62))
