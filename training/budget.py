@@ -67,7 +67,7 @@ def choose_units(logits: Tensor, num_dims: int, shape: BlockShape) -> Tensor:
 
     Pairs are taken two dims at a time; an unpaired remainder is filled with single dims.
     """
-    kept = torch.zeros(shape.num_units, dtype=torch.bool)
+    kept = torch.zeros(shape.num_units, dtype=torch.bool, device=logits.device)
     left, sizes = num_dims, unit_sizes(shape).tolist()
     for unit in logits.argsort(descending=True, stable=True).tolist():
         if sizes[unit] <= left:
@@ -118,9 +118,7 @@ def solve_widths(
     """
 
     def at(shift: float) -> Widths:
-        return widths_at(
-            layers, shape, shift, width_multiple=width_multiple, head_dim_multiple=head_dim_multiple
-        )
+        return widths_at(layers, shape, shift, width_multiple=width_multiple, head_dim_multiple=head_dim_multiple)
 
     logits = [t for layer in layers for t in (layer.experts, layer.query_key, layer.value) if t is not None]
     reach = max(keep_margin(t).abs().max().item() for t in logits) + 1.0

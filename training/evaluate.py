@@ -51,3 +51,43 @@ def load_model(folder: Path, dtype: torch.dtype = torch.float32):
     register_with_transformers()
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
     return model, AutoTokenizer.from_pretrained(folder)
+
+
+def evaluate_perplexity(
+    folder: Path, text: Path, *, block_size: int, max_blocks: int | None, backend: str, dtype: str
+) -> dict:
+    """``tomoe eval ppl``: perplexity of a model folder on a text file, JSON-ready.
+
+    ``backend`` hf runs the reference model, vllm runs vLLM's prompt logprobs; both score the same tokens.
+    """
+    if not text.is_file():
+        raise FileNotFoundError(f"no such text file: {text}")
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"{folder} is not a model folder: it has no config.json")
+    if dtype not in ("float32", "bfloat16", "float16"):
+        raise ValueError(f"dtype is {dtype!r}; it must be float32, bfloat16 or float16")
+    if block_size < 2:
+        raise ValueError(f"block_size is {block_size}; it must be at least 2")
+    if backend == "hf":
+        model, tokenizer = load_model(folder, getattr(torch, dtype))
+        blocks = text_blocks(tokenizer, text.read_text(), block_size, max_blocks)
+        nlls = list(negative_log_likelihoods(model, blocks))
+    elif backend == "vllm":
+        from transformers import AutoTokenizer
+
+        from training.vllm_backend import prompt_negative_log_likelihoods
+
+        blocks = text_blocks(AutoTokenizer.from_pretrained(folder), text.read_text(), block_size, max_blocks)
+        nlls = prompt_negative_log_likelihoods(folder, blocks, dtype)
+    else:
+        raise ValueError(f"backend is {backend!r}; it must be hf or vllm")
+    return {
+        "ppl": perplexity_from(nlls, blocks),
+        "model": str(folder),
+        "text": text.name,
+        "block_size": block_size,
+        "blocks": len(blocks),
+        "scored_tokens": len(blocks) * (block_size - 1),
+        "backend": backend,
+        "dtype": dtype,
+    }

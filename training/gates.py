@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tomoe_vllm.hf.configuration_tomoe import Family, block_shape, family_of
+from tomoe_vllm.hf.configuration_tomoe import block_shape
 from tomoe_vllm.hf.modeling_tomoe import ExpertGate, HeadGate
-from tomoe_vllm.hf.tomoe_math import head_units, mask_heads, value_logits
-from training.budget import Widths, unit_sizes
+from tomoe_vllm.hf.tomoe_math import head_units, value_logits
+from training.budget import NUM_QUANTILES, Widths, choose_units, unit_sizes
 from training.relaxation import sample_mask, sample_route, straight_through, width_mask
 
 
@@ -29,6 +29,20 @@ class LayerNoise(NamedTuple):
 
 NOISE_FREE = LayerNoise()
 
+QUANTILE_TOKENS = 64
+"""Tokens per sequence that the value-logit quantiles are read from: 4,096 values at head_dim 64."""
+
+
+def quantiles_per_sequence(logits: Tensor) -> Tensor:
+    """Quantiles of [B, S, A] logits within each sequence, averaged over the batch: [NUM_QUANTILES].
+
+    A mean of per-sequence quantiles, so that two processes average to what one sees.
+    """
+    stride = max(1, logits.shape[1] // QUANTILE_TOKENS)
+    values = logits[:, ::stride].flatten(1).sort(dim=-1).values
+    points = torch.linspace(0, values.shape[1] - 1, NUM_QUANTILES, device=logits.device).long()
+    return values[:, points].mean(dim=0)
+
 
 class TrainedHeadGate(HeadGate):
     """Head-dim masks of one attention layer from its module's expert embeddings (eq. 5)."""
@@ -36,7 +50,7 @@ class TrainedHeadGate(HeadGate):
     def __init__(self, config, layer_idx: int, *, router_dim: int, vo_mode: str, tau: float):
         super().__init__()
         shape = block_shape(config)
-        self.layer_idx, self.vo_mode, self.tau = layer_idx, vo_mode, tau
+        self.shape, self.layer_idx, self.vo_mode, self.tau = shape, layer_idx, vo_mode, tau
         self.register_buffer("units", head_units(shape.head_dim, shape.rotary_dim), persistent=False)
         self.register_buffer("unit_sizes", unit_sizes(shape), persistent=False)
         self.norm = nn.LayerNorm(router_dim)
@@ -49,7 +63,6 @@ class TrainedHeadGate(HeadGate):
             self.value_down = nn.Linear(shape.hidden_size, router_dim, bias=False)
         if vo_mode == "static":
             self.value_offset = nn.Parameter(torch.zeros(shape.head_dim))
-        self.record_value_logits: list[Tensor] | None = None
 
     def mean_embedding(self, embedding: Tensor) -> Tensor:
         """Mean expert embedding [R] of this module: the value router's bias."""
@@ -82,23 +95,13 @@ class TrainedHeadGate(HeadGate):
             self.vo_width = self._static_value_mask.sum()
 
     def _exact_units(self, logits: Tensor, num_dims: int, noise: Tensor | None) -> Tensor:
-        if int(self.unit_sizes.min()) == 2:
+        """Units holding exactly ``num_dims`` dims: a width mask where all are pairs, else pairs and singles."""
+        if self.shape.rotary_dim == self.shape.head_dim:
             return width_mask(logits, num_dims // 2, noise, self.tau)
-        from training.budget import choose_units
-
         noisy = logits if noise is None else logits + noise
-        kept = choose_units(noisy.detach().cpu(), num_dims, self._shape_like()).to(logits.device)
-        edge = noisy.detach()[kept].min() if bool(kept.any()) else noisy.detach().max()
-        return straight_through(kept.float(), torch.sigmoid((noisy - edge) / self.tau))
-
-    def _shape_like(self):
-        num_pairs = int((self.unit_sizes == 2).sum())
-
-        class _Units:
-            num_units = len(self.unit_sizes)
-            rotary_dim = 2 * num_pairs
-
-        return _Units
+        kept = choose_units(noisy.detach(), num_dims, self.shape)
+        threshold = noisy.detach()[kept].min()
+        return straight_through(kept, torch.sigmoid((noisy - threshold) / self.tau))
 
     def query_key_mask(self) -> Tensor:
         return self._query_key_mask
@@ -111,8 +114,7 @@ class TrainedHeadGate(HeadGate):
         logits = value_logits(
             hidden_states, self.value_down.weight, self._mean, self.norm.weight, self.norm.bias, self.value_up.weight
         )
-        if self.record_value_logits is not None:
-            self.record_value_logits.append(logits.detach())
+        self.batch_quantiles = quantiles_per_sequence(logits.detach())
         if self._widths is None:
             mask = sample_mask(logits, self._noise.value, self.tau)
         else:
@@ -155,6 +157,3 @@ class TrainedExpertGate(ExpertGate):
         self.fractions = routes.detach().flatten(0, -2).mean(dim=0)
         self.probabilities = torch.softmax(logits / self.tau, dim=-1).flatten(0, -2).mean(dim=0)
         return routes @ self.masks
-
-
-__all__ = ["NOISE_FREE", "Family", "LayerNoise", "TrainedExpertGate", "TrainedHeadGate", "family_of", "mask_heads"]

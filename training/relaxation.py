@@ -82,6 +82,21 @@ class NoiseSource:
     mask_scale: float
     router_scale: float
 
+    @classmethod
+    def of(cls, student, seed: int) -> "NoiseSource":
+        """Noise in the shapes and scales of a student."""
+        shape, settings = student.shape, student.settings
+        return cls(
+            seed=seed,
+            num_layers=len(student.expert_gates),
+            num_experts=settings.num_experts,
+            num_neurons=shape.intermediate_size,
+            num_units=shape.num_units,
+            head_dim=shape.head_dim,
+            mask_scale=settings.mask_noise,
+            router_scale=settings.router_noise,
+        )
+
     def draw(self, step: int, sequence_ids: list[int], length: int) -> StepNoise:
         """Noise for the given sequences (their global indices) of ``length`` tokens at ``step``."""
         layers, masks, routes = self.num_layers, self.mask_scale, self.router_scale

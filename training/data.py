@@ -1,0 +1,165 @@
+"""Training text: sources, packing, and a stateless order.
+
+A source is a local file (.txt, .jsonl, .json, .parquet), a preset of the paper (``wikitext``, ``alpaca``,
+``code_alpaca``), any Hugging Face set (``hf:PATH[:CONFIG]``), or ``self``: text sampled from the dense
+model, so that a model can be converted with no data at all.
+
+Documents are tokenised with the special tokens the tokenizer adds by default (a BOS where the family uses
+one), ended by EOS, joined, and cut into blocks of ``sequence_length``; the incomplete last block is
+dropped. Attention crosses document borders inside a block, and every position is trained on: distillation
+asks the student to be the teacher everywhere, so nothing is masked.
+
+Sources are interleaved one block each (1:1:1). Block number -> tokens is a pure function of the seed, so
+the data cursor of a run is its step.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+PRESETS = {
+    "wikitext": ("Salesforce/wikitext", "wikitext-103-raw-v1"),
+    "alpaca": ("tatsu-lab/alpaca", None),
+    "code_alpaca": ("sahil2801/CodeAlpaca-20k", None),
+}
+FILE_LOADERS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+TEXT_COLUMN = "text"
+INSTRUCTION_COLUMNS = ("instruction", "output")
+
+_PREAMBLE = "Below is an instruction that describes a task"
+_WITH_INPUT = (
+    f"{_PREAMBLE}, paired with an input that provides further context. Write a response that appropriately "
+    "completes the request.\n\n### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n{output}"
+)
+_WITHOUT_INPUT = (
+    f"{_PREAMBLE}. Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Response:\n{output}"
+)
+
+
+def alpaca_text(row: dict) -> str:
+    """An instruction row in the Alpaca template; the variant without input where ``input`` is empty."""
+    fields = {name: (row.get(name) or "").strip() for name in ("instruction", "input", "output")}
+    return (_WITH_INPUT if fields["input"] else _WITHOUT_INPUT).format(**fields)
+
+
+def load_documents(source: str, text_column: str | None = None):
+    """A source as a ``datasets.Dataset`` with one column ``text``, a document per row.
+
+    A .txt file is one document. Raises ``FileNotFoundError``, or ``ValueError`` naming the columns there
+    are where neither ``text_column`` nor an instruction format is found.
+    """
+    import datasets
+
+    datasets.disable_progress_bars()
+    path = Path(source)
+    if source in PRESETS or source.startswith("hf:"):
+        name, config = PRESETS.get(source) or (source.removeprefix("hf:").split(":", 1) + [None])[:2]
+        rows = datasets.load_dataset(name, config, split="train")
+    elif path.suffix not in FILE_LOADERS:
+        raise ValueError(
+            f"unknown data source {source!r}: give a {', '.join(FILE_LOADERS)} file, one of "
+            f"{', '.join(PRESETS)}, hf:NAME[:CONFIG], or self"
+        )
+    elif not path.is_file():
+        raise FileNotFoundError(f"no such data file: {source}")
+    elif path.suffix == ".txt":
+        return datasets.Dataset.from_dict({"text": [path.read_text()]})
+    else:
+        try:
+            rows = datasets.load_dataset(FILE_LOADERS[path.suffix], data_files=str(path), split="train")
+        except (datasets.exceptions.DatasetGenerationError, json.JSONDecodeError) as error:
+            raise ValueError(f"{source} cannot be read as {path.suffix[1:]}: {error.__cause__ or error}") from error
+    columns = rows.column_names
+    column = text_column or (TEXT_COLUMN if TEXT_COLUMN in columns else None)
+    if column is None and all(name in columns for name in INSTRUCTION_COLUMNS):
+        return rows.map(lambda row: {"text": alpaca_text(row)}, remove_columns=columns)
+    if column not in columns:
+        wanted = f"column {column!r}" if column else "a 'text' column or instruction/output columns"
+        raise ValueError(f"{source} has no {wanted}; it has: {', '.join(columns)}. Use --text-column")
+    return (
+        rows.select_columns([column]).rename_column(column, "text")
+        if column != "text"
+        else rows.select_columns(["text"])
+    )
+
+
+def pack(documents, tokenizer, sequence_length: int):
+    """Tokenised documents as blocks: a ``datasets.Dataset`` of ``input_ids`` [sequence_length].
+
+    Raises ``ValueError`` if the whole source is shorter than one block.
+    """
+    eos = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
+
+    def tokenize(batch: dict) -> dict:
+        texts = [text for text in batch["text"] if text]
+        return (
+            {"input_ids": [ids + eos for ids in tokenizer(texts, verbose=False).input_ids]}
+            if texts
+            else {"input_ids": []}
+        )
+
+    def blocks(batch: dict) -> dict:
+        ids = [token for document in batch["input_ids"] for token in document]
+        ends = range(sequence_length, len(ids) + 1, sequence_length)
+        return {"input_ids": [ids[end - sequence_length : end] for end in ends]}
+
+    tokens = documents.map(tokenize, batched=True, remove_columns=documents.column_names)
+    # Larger than most local sets: at most one incomplete block is dropped per this many documents.
+    packed = tokens.map(blocks, batched=True, batch_size=10_000)
+    if len(packed) == 0:
+        raise ValueError(f"the source is shorter than one block of {sequence_length} tokens; lower sequence_length")
+    return packed.with_format("torch")
+
+
+class InterleavedBlocks:
+    """Blocks of several sources in turn, each shuffled anew every epoch. Stateless in the block number."""
+
+    def __init__(self, sources: Sequence[Sequence], seed: int):
+        self.sources, self.seed = list(sources), seed
+        self._orders: dict[int, tuple[int, list[int]]] = {}
+
+    def block(self, number: int) -> Tensor:
+        """Tokens of block ``number`` >= 0: [sequence_length] int64."""
+        source = number % len(self.sources)
+        rows = self.sources[source]
+        epoch, position = divmod(number // len(self.sources), len(rows))
+        row = rows[self._order(source, epoch, len(rows))[position]]
+        return row["input_ids"] if isinstance(row, dict) else row
+
+    def batch(self, step: int, rows: range, batch_size: int) -> Tensor:
+        """Rows of the global batch of ``batch_size`` sequences at ``step``: [len(rows), sequence_length]."""
+        return torch.stack([self.block(step * batch_size + row) for row in rows])
+
+    def _order(self, source: int, epoch: int, length: int) -> list[int]:
+        known = self._orders.get(source)
+        if known is None or known[0] != epoch:
+            generator = torch.Generator().manual_seed((self.seed * 7919 + source) * 104_729 + epoch)
+            known = (epoch, torch.randperm(length, generator=generator).tolist())
+            self._orders[source] = known
+        return known[1]
+
+
+@torch.no_grad()
+def sample_from_model(model, tokenizer, *, num_tokens: int, length: int, seed: int, batch_size: int = 16) -> list[str]:
+    """Text sampled from the dense model at temperature 1, from its BOS (or EOS) token on.
+
+    Self-distillation on the model's own text needs no data. Returns documents, about ``num_tokens`` in all.
+    """
+    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    if start is None:
+        raise ValueError("the tokenizer has neither a BOS nor an EOS token to start sampling from; give data files")
+    texts: list[str] = []
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        for _ in range(-(-num_tokens // (batch_size * length))):
+            ids = torch.full((batch_size, 1), start, device=model.device)
+            out = model.generate(
+                ids, attention_mask=torch.ones_like(ids), do_sample=True, top_k=0, top_p=1.0, temperature=1.0,
+                max_new_tokens=length, pad_token_id=tokenizer.pad_token_id or start,
+            )  # fmt: skip
+            texts += tokenizer.batch_decode(out, skip_special_tokens=True)
+    return [text for text in texts if text.strip()]

@@ -1,0 +1,110 @@
+"""What an adapter or a checkpoint holds and costs: the paper's count, and what is really read."""
+
+from pathlib import Path
+
+from transformers import AutoConfig
+
+from tomoe_vllm.hf.configuration_tomoe import block_shape
+from tomoe_vllm.hf.register import register_configs
+from tomoe_vllm.hf.tomoe_math import BlockShape
+from training.adapter import Adapter
+from training.checkpoint import ADAPTER_CONFIG, read_safetensors_header, stored_tensors
+from training.export import TOMOE_SHARD
+
+
+def inspect(folder: Path) -> dict:
+    """Facts of an adapter or a checkpoint folder, JSON-ready. Raises ``ValueError`` for any other folder."""
+    return _inspect_adapter(folder) if (folder / ADAPTER_CONFIG).is_file() else _inspect_checkpoint(folder)
+
+
+def _inspect_adapter(folder: Path) -> dict:
+    adapter = Adapter.load(folder)
+    config = adapter.config
+    tensors = read_safetensors_header(folder / "adapter.safetensors")
+    return {
+        "kind": "adapter",
+        "base_model": config.base_model_name,
+        "base_model_type": config.base_model_type,
+        "base_model_hash": config.base_model_hash,
+        "num_layers": config.num_layers,
+        "num_experts": config.num_experts,
+        "vo_mode": config.vo_mode,
+        "active_ratio_target": config.active_ratio,
+        "steps": config.training.get("steps"),
+        "tokens": config.training.get("tokens"),
+        "bytes": sum(tensor.end - tensor.start for tensor in tensors.values()),
+    }
+
+
+def _inspect_checkpoint(folder: Path) -> dict:
+    register_configs()
+    tensors = stored_tensors(folder)
+    config = AutoConfig.from_pretrained(folder)
+    if not config.model_type.startswith("tomoe_"):
+        raise ValueError(f"{folder} is a dense {config.model_type} model, not a ToMoE checkpoint or adapter")
+    missing = [name for name in _expected_tomoe_tensors(config) if name not in tensors]
+    if missing:
+        raise ValueError(f"{folder} lacks the tensor {missing[0]} ({len(missing)} in all): export it again")
+    shape = block_shape(config)
+    widths = (config.qk_head_dims, config.vo_head_dims, config.expert_intermediate_sizes)
+    active = sum(int(shape.active_parameters(*dims)) for dims in zip(*widths, strict=True))
+    total = shape.total_parameters * config.num_hidden_layers
+    routers = shape.router_parameters(config.num_experts, config.value_router_dim, config.vo_mode)
+    outside = _parameters_outside_blocks(config)
+    return {
+        "kind": "checkpoint",
+        "model_type": config.model_type,
+        "num_layers": config.num_hidden_layers,
+        "num_experts": config.num_experts,
+        "vo_mode": config.vo_mode,
+        "active_ratio": active / total,
+        "active_ratio_target": config.active_ratio,
+        "active_block_parameters": active,
+        "total_block_parameters": total,
+        "router_parameters": routers * config.num_hidden_layers,
+        "embedding_and_head_parameters": outside,
+        "active_parameters": active + routers * config.num_hidden_layers + outside,
+        "total_parameters": total + outside,
+        "really_read_per_token": _really_read(config, shape, routers),
+        "expert_intermediate_sizes": config.expert_intermediate_sizes,
+        "qk_head_dims": config.qk_head_dims,
+        "vo_head_dims": config.vo_head_dims,
+        "tomoe_bytes": sum(t.end - t.start for t in tensors.values() if t.file.name == TOMOE_SHARD),
+        "total_bytes": sum(t.end - t.start for t in tensors.values()),
+    }
+
+
+def _really_read(config, shape: BlockShape, routers: int) -> dict:
+    """Parameters and FLOPs of the masked form, the one path the server has so far.
+
+    It runs the dense GEMMs and masks their results, so it reads every block parameter and the routers;
+    that is exact and as fast as dense, and saves nothing yet.
+    """
+    layers, outside = config.num_hidden_layers, _parameters_outside_blocks(config)
+    read = (shape.total_parameters + routers) * layers
+    head = config.vocab_size * config.hidden_size
+    kv_dims = 2 * shape.num_kv_heads * shape.head_dim * layers
+    return {
+        "path": "masked",
+        "block_and_router_parameters": read,
+        "lm_head_parameters": head,
+        "flops": 2 * (read + head),
+        "kv_cache_values": kv_dims,
+        "resident_parameters": read + outside,
+    }
+
+
+def _parameters_outside_blocks(config) -> int:
+    return config.vocab_size * config.hidden_size * (1 if config.tie_word_embeddings else 2)
+
+
+def _expected_tomoe_tensors(config):
+    for i in range(config.num_hidden_layers):
+        head, expert = f"model.layers.{i}.self_attn.head_gate", f"model.layers.{i}.mlp.expert_gate"
+        yield from (f"{head}.query_key_dims", f"{expert}.router.weight", f"{expert}.signature")
+        if config.vo_mode == "static":
+            yield f"{head}.value_dims"
+        if config.vo_mode == "dynamic":
+            for name in ("value_down.weight", "value_down.bias", "value_norm.weight", "value_norm.bias"):
+                yield f"{head}.{name}"
+            yield f"{head}.value_up.weight"

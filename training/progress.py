@@ -1,0 +1,40 @@
+"""The progress line of a training run, on standard error."""
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+
+class TrainProgress:
+    """Losses, active ratio, tokens per second and time left; plain lines where there is no terminal."""
+
+    def __init__(self, steps: int, first_step: int, is_on: bool):
+        self.steps, self.is_on = steps, is_on
+        self.console = Console(stderr=True)
+        self.bar = Progress(
+            TextColumn("train"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[terms]}"),
+            console=self.console,
+            disable=not is_on or not self.console.is_terminal,
+        )
+        self.task = self.bar.add_task("train", total=steps, completed=first_step, terms="")
+
+    def __enter__(self) -> "TrainProgress":
+        self.bar.start()
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.bar.stop()
+
+    def update(self, step: int, terms: dict[str, float], tokens_per_s: float) -> None:
+        """Show step ``step``; without a terminal, about twenty lines in all."""
+        text = (
+            f"loss {terms['loss']:.3f} = task {terms['task']:.3f}, R_P {terms['r_p']:.3f}, R_U {terms['r_u']:.3f}, "
+            f"R_L {terms['r_l']:.3f}; active {terms['active_ratio']:.3f}, union {terms['union']:.2f}; "
+            f"{tokens_per_s:.0f} tokens/s"
+        )
+        self.bar.update(self.task, completed=step, terms=text)
+        if self.is_on and not self.console.is_terminal and (step % max(1, self.steps // 20) == 0 or step == 1):
+            self.console.print(f"step {step}/{self.steps}: {text}", highlight=False, soft_wrap=True)
