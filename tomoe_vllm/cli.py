@@ -165,9 +165,9 @@ def main() -> None:
     except Exception as error:
         if os.environ.get("TOMOE_TRACEBACK"):
             raise
-        is_usage = hasattr(error, "format_message")  # click's own
-        text = error.format_message() if is_usage else str(error) or type(error).__name__
-        _fail(" ".join(text.split()), 2 if is_usage or isinstance(error, (ValueError, OSError)) else 1)
+        format_message = getattr(error, "format_message", None)  # click's own errors have one
+        text = format_message() if format_message else str(error) or type(error).__name__
+        _fail(" ".join(text.split()), 2 if format_message or isinstance(error, (ValueError, OSError)) else 1)
 
 
 def _fail(message: str, code: int) -> None:

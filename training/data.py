@@ -57,7 +57,7 @@ def load_documents(source: str, text_column: str | None = None):
     datasets.disable_progress_bars()
     path = Path(source)
     if source in PRESETS or source.startswith("hf:"):
-        name, config = PRESETS.get(source) or (source.removeprefix("hf:").split(":", 1) + [None])[:2]
+        name, config = PRESETS.get(source) or [*source.removeprefix("hf:").split(":", 1), None][:2]
         rows = datasets.load_dataset(name, config, split="train")
     elif path.suffix not in FILE_LOADERS:
         raise ValueError(
