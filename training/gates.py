@@ -15,6 +15,7 @@ from tomoe_vllm.hf.configuration_tomoe import block_shape
 from tomoe_vllm.hf.modeling_tomoe import ExpertGate, HeadGate
 from tomoe_vllm.hf.tomoe_math import head_units, value_logits
 from training.budget import NUM_QUANTILES, Widths, choose_units, unit_sizes
+from training.config import MethodSettings
 from training.relaxation import sample_mask, sample_route, straight_through, width_mask
 
 
@@ -47,10 +48,10 @@ def quantiles_per_sequence(logits: Tensor) -> Tensor:
 class TrainedHeadGate(HeadGate):
     """Head-dim masks of one attention layer from its module's expert embeddings (eq. 5)."""
 
-    def __init__(self, config, layer_idx: int, *, router_dim: int, vo_mode: str, tau: float):
+    def __init__(self, config, layer_idx: int, settings: MethodSettings):
         super().__init__()
-        shape = block_shape(config)
-        self.shape, self.layer_idx, self.vo_mode, self.tau = shape, layer_idx, vo_mode, tau
+        shape, router_dim, vo_mode = block_shape(config), settings.value_router_dim, settings.vo_mode
+        self.shape, self.layer_idx, self.vo_mode, self.tau = shape, layer_idx, vo_mode, settings.tau
         self.register_buffer("units", head_units(shape.head_dim, shape.rotary_dim), persistent=False)
         self.register_buffer("unit_sizes", unit_sizes(shape), persistent=False)
         self.norm = nn.LayerNorm(router_dim)
@@ -127,10 +128,10 @@ class TrainedHeadGate(HeadGate):
 class TrainedExpertGate(ExpertGate):
     """Neuron masks of one MLP: a router, and N masks from the module's embeddings (eq. 3)."""
 
-    def __init__(self, config, layer_idx: int, *, num_experts: int, router_dim: int, tau: float):
+    def __init__(self, config, layer_idx: int, settings: MethodSettings):
         super().__init__()
-        shape = block_shape(config)
-        self.layer_idx, self.tau = layer_idx, tau
+        shape, num_experts, router_dim = block_shape(config), settings.num_experts, settings.value_router_dim
+        self.layer_idx, self.tau = layer_idx, settings.tau
         self.router = nn.Linear(shape.hidden_size, num_experts, bias=False)
         self.norm = nn.LayerNorm(router_dim)
         self.up = nn.Linear(router_dim, shape.intermediate_size, bias=False)

@@ -31,8 +31,8 @@ def has_fast_bfloat16(device: torch.device) -> bool:
     """
     if device.type != "cpu":
         return True
-    get_capabilities = getattr(torch.cpu, "get_capabilities", dict)
-    return any(get_capabilities().get(unit) for unit in ("amx_bf16", "avx512_bf16"))
+    capabilities = torch.cpu.get_capabilities()
+    return any(capabilities.get(unit) for unit in ("amx_bf16", "avx512_bf16"))
 
 
 def prepare_process() -> None:

@@ -34,19 +34,14 @@ class Student(nn.Module):
         self.settings = settings
         self.shape = block_shape(base.config)
         num_layers, family = base.config.num_hidden_layers, family_of(base.config)
-        common = {"router_dim": settings.value_router_dim, "tau": settings.tau}
         self.hypernetwork = Hypernetwork(
             num_modules=2 * num_layers,
             num_experts=settings.num_experts,
             embedding_size=settings.value_router_dim,
             is_local=settings.local_embeddings,
         )
-        self.head_gates = nn.ModuleList(
-            TrainedHeadGate(base.config, i, vo_mode=settings.vo_mode, **common) for i in range(num_layers)
-        )
-        self.expert_gates = nn.ModuleList(
-            TrainedExpertGate(base.config, i, num_experts=settings.num_experts, **common) for i in range(num_layers)
-        )
+        self.head_gates = nn.ModuleList(TrainedHeadGate(base.config, i, settings) for i in range(num_layers))
+        self.expert_gates = nn.ModuleList(TrainedExpertGate(base.config, i, settings) for i in range(num_layers))
         for name, parameter in self.named_parameters():
             if name.endswith("offset"):
                 parameter.requires_grad_(settings.train_offsets)

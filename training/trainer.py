@@ -313,7 +313,7 @@ class _Run:
         if not self.is_main:
             yield lambda step, terms: None
             return
-        board = None
+        board: Any = None
         if self.config.tensorboard:
             with contextlib.suppress(ImportError):
                 from torch.utils.tensorboard import SummaryWriter

@@ -75,9 +75,8 @@ def block_shape(config: PreTrainedConfig) -> BlockShape:
     )
 
 
-@dataclass(kw_only=True)
-class ToMoEConfigMixin:
-    """Adds the ToMoE fields to a base family's config.
+class ToMoEConfigMixin(PreTrainedConfig):
+    """Adds the ToMoE fields to a base family's config. (transformers makes every config a dataclass.)
 
     Raises ``ValueError`` for widths that do not fit the base model.
     """
@@ -121,7 +120,7 @@ class ToMoEConfigMixin:
             "vo_head_dims": shape.head_dim,
         }
         for field, limit in limits.items():
-            widths = getattr(self, field)
+            widths: list[int] = getattr(self, field)
             if len(widths) != self.num_hidden_layers:
                 raise ValueError(f"{field} has {len(widths)} entries; the model has {self.num_hidden_layers} layers")
             for layer, width in enumerate(widths):

@@ -14,7 +14,8 @@ comes about.
 
 import torch
 from torch import Tensor, nn
-from transformers import LlamaForCausalLM, MistralForCausalLM, PhiForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM
+from transformers import LlamaForCausalLM, MistralForCausalLM, PhiForCausalLM, PreTrainedModel
+from transformers import Qwen2ForCausalLM, Qwen3ForCausalLM
 
 from .configuration_tomoe import CONFIG_CLASSES, Family, block_shape, family_of
 from .configuration_tomoe import ToMoELlamaConfig, ToMoEMistralConfig, ToMoEPhiConfig, ToMoEQwen2Config
@@ -122,7 +123,7 @@ class ToMoEExpertGate(ExpertGate):
         return unpack_signature(self.signature, self.num_experts)[experts]
 
 
-class ToMoEModelMixin:
+class ToMoEModelMixin(PreTrainedModel):
     """Gives a base family's causal LM its gates: ``layer.self_attn.head_gate``, ``layer.mlp.expert_gate``."""
 
     _keep_in_fp32_modules_strict = ["head_gate", "expert_gate"]
