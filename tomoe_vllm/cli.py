@@ -149,9 +149,13 @@ def eval_ppl(
     """Perplexity, token level, over non-overlapping blocks."""
     from training.evaluate import evaluate_perplexity
 
-    _result(
-        evaluate_perplexity(model, text, block_size=block_size, max_blocks=max_blocks, backend=backend, dtype=dtype)
-    )
+    score = None
+    if backend == "vllm":
+        from tomoe_vllm.offline import score_with_vllm as score
+    elif backend != "hf":
+        raise ValueError(f"backend is {backend!r}; it must be hf or vllm")
+    facts = evaluate_perplexity(model, text, block_size=block_size, max_blocks=max_blocks, dtype=dtype, score=score)
+    _result(facts | {"backend": backend})
 
 
 def main() -> None:

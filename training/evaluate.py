@@ -7,12 +7,15 @@ scored token), token level, summed in float64.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tomoe_vllm.hf.register import register_with_transformers
 
 
 def text_blocks(tokenizer, text: str, block_size: int, max_blocks: int | None) -> Tensor:
@@ -43,22 +46,24 @@ def perplexity_from(nlls: list[float], blocks: Tensor) -> float:
 
 
 def load_model(folder: Path, dtype: torch.dtype = torch.float32):
-    """A dense or ToMoE checkpoint as a Hugging Face model in eval mode, and its tokenizer."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    from tomoe_vllm.hf.register import register_with_transformers
-
+    """A dense or ToMoE checkpoint as a Hugging Face model in eval mode."""
     register_with_transformers()
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
-    return model, AutoTokenizer.from_pretrained(folder)
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
 
 
 def evaluate_perplexity(
-    folder: Path, text: Path, *, block_size: int, max_blocks: int | None, backend: str, dtype: str
+    folder: Path,
+    text: Path,
+    *,
+    block_size: int,
+    max_blocks: int | None,
+    dtype: str,
+    score: Callable[[Path, Tensor, str], list[float]] | None = None,
 ) -> dict:
     """``tomoe eval ppl``: perplexity of a model folder on a text file, JSON-ready.
 
-    ``backend`` hf runs the reference model, vllm runs vLLM's prompt logprobs; both score the same tokens.
+    ``score`` maps (folder, blocks, dtype) to the summed negative log-likelihood of each block; None runs
+    the Hugging Face model. Every scorer sees the same blocks.
     """
     if not text.is_file():
         raise FileNotFoundError(f"no such text file: {text}")
@@ -68,19 +73,8 @@ def evaluate_perplexity(
         raise ValueError(f"dtype is {dtype!r}; it must be float32, bfloat16 or float16")
     if block_size < 2:
         raise ValueError(f"block_size is {block_size}; it must be at least 2")
-    if backend == "hf":
-        model, tokenizer = load_model(folder, getattr(torch, dtype))
-        blocks = text_blocks(tokenizer, text.read_text(), block_size, max_blocks)
-        nlls = list(negative_log_likelihoods(model, blocks))
-    elif backend == "vllm":
-        from transformers import AutoTokenizer
-
-        from training.vllm_backend import prompt_negative_log_likelihoods
-
-        blocks = text_blocks(AutoTokenizer.from_pretrained(folder), text.read_text(), block_size, max_blocks)
-        nlls = prompt_negative_log_likelihoods(folder, blocks, dtype)
-    else:
-        raise ValueError(f"backend is {backend!r}; it must be hf or vllm")
+    blocks = text_blocks(AutoTokenizer.from_pretrained(folder), text.read_text(), block_size, max_blocks)
+    nlls = (score or score_with_transformers)(folder, blocks, dtype)
     return {
         "ppl": perplexity_from(nlls, blocks),
         "model": str(folder),
@@ -88,6 +82,10 @@ def evaluate_perplexity(
         "block_size": block_size,
         "blocks": len(blocks),
         "scored_tokens": len(blocks) * (block_size - 1),
-        "backend": backend,
         "dtype": dtype,
     }
+
+
+def score_with_transformers(folder: Path, blocks: Tensor, dtype: str) -> list[float]:
+    """Block scores of the Hugging Face (reference) model."""
+    return list(negative_log_likelihoods(load_model(folder, getattr(torch, dtype)), blocks))

@@ -127,7 +127,7 @@ class ToMoEConfigMixin(PreTrainedConfig):
                 if not 0 < width <= limit:
                     raise ValueError(f"{field}[{layer}] is {width}; it must be between 1 and {limit}")
         if shape.rotary_dim == shape.head_dim:
-            for layer, dims in enumerate(self.qk_head_dims):
+            for layer, dims in enumerate(self.qk_head_dims or []):
                 if dims % 2:
                     raise ValueError(
                         f"qk_head_dims[{layer}] is {dims}; kept Q/K dims come in RoPE pairs, so it must be even. "
