@@ -1,0 +1,1 @@
+"""vLLM layers of ToMoE: they own tensor-parallel sharding and weight loading."""

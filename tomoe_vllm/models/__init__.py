@@ -1,0 +1,1 @@
+"""vLLM models: they assemble. Layers own sharding and weight loading."""

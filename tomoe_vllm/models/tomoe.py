@@ -1,0 +1,254 @@
+"""The ToMoE causal LM of vLLM: one decoder, assembled from a table of what the families do differently.
+
+Everything that computes is a public layer of vLLM or one of ours in ``tomoe_vllm.layers``; module names are
+those of the Hugging Face reference model (q, k, v and gate, up fused), so weights map by a table. A family is
+one row of :data:`DECODERS`, beside its row in ``hf/configuration_tomoe.py``.
+
+No ``from __future__ import annotations`` here: ``support_torch_compile`` reads annotations as types. The
+interface flags (LoRA, pipeline parallelism, quantization) must be declared in this file: vLLM caches what it
+found out about a model class by the hash of the one file that defines it.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import islice
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig
+from vllm.compilation.decorators import support_torch_compile
+from vllm.config import VllmConfig
+from vllm.distributed import get_pp_group
+from vllm.model_executor.layers.layernorm import RMSNorm
+from vllm.model_executor.layers.logits_processor import LogitsProcessor
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+from vllm.model_executor.models.interfaces import SupportsLoRA, SupportsPP, SupportsQuant
+from vllm.model_executor.models.utils import (
+    PPMissingLayer,
+    WeightsMapper,
+    extract_layer_index,
+    make_empty_intermediate_tensors_factory,
+    make_layers,
+    maybe_prefix,
+)
+from vllm.sequence import IntermediateTensors
+
+from tomoe_vllm.hf.configuration_tomoe import base_model_type
+from tomoe_vllm.layers.attention import ToMoEAttention
+from tomoe_vllm.layers.expert_mlp import ToMoEMLP
+from tomoe_vllm.layers.layernorm import ToMoELayerNorm
+from tomoe_vllm.models.strict_loading import load_strictly
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decoder:
+    """What one family does differently. A string names the boolean field of the config that says so."""
+
+    qkv_bias: bool | str = False
+    output_bias: bool | str = False
+    mlp_bias: bool | str = False
+    lm_head_bias: bool = False
+    has_qk_norm: bool = False
+    norm: type[nn.Module] = RMSNorm
+    norm_eps: str = "rms_norm_eps"
+    final_norm: str = "norm"
+    is_parallel: bool = False  # attention and MLP read the same LayerNorm and are added (Phi)
+
+
+DECODERS = {
+    "llama": Decoder(qkv_bias="attention_bias", output_bias="attention_bias", mlp_bias="mlp_bias"),
+    "mistral": Decoder(),
+    "qwen2": Decoder(qkv_bias=True),
+    "qwen3": Decoder(qkv_bias="attention_bias", output_bias="attention_bias", has_qk_norm=True),
+    "phi": Decoder(
+        qkv_bias=True,
+        output_bias=True,
+        mlp_bias=True,
+        lm_head_bias=True,
+        norm=ToMoELayerNorm,
+        norm_eps="layer_norm_eps",
+        final_norm="final_layernorm",
+        is_parallel=True,
+    ),
+}
+"""By the ``model_type`` of the dense family."""
+
+
+def _is_set(config: PreTrainedConfig, value: bool | str) -> bool:
+    return bool(getattr(config, value)) if isinstance(value, str) else value
+
+
+def _make_norm(config: PreTrainedConfig, family: Decoder) -> nn.Module:
+    return family.norm(config.hidden_size, eps=getattr(config, family.norm_eps))
+
+
+class ToMoEDecoderLayer(nn.Module):
+    """One block. Its state is a pair whose sum is the residual stream, as in vLLM's own models."""
+
+    def __init__(self, vllm_config: VllmConfig, prefix: str) -> None:
+        super().__init__()
+        config = vllm_config.model_config.hf_config
+        family, layer_idx = DECODERS[base_model_type(config)], extract_layer_index(prefix)
+        self.self_attn = ToMoEAttention(
+            config,
+            layer_idx,
+            qkv_bias=_is_set(config, family.qkv_bias),
+            output_bias=_is_set(config, family.output_bias),
+            has_qk_norm=family.has_qk_norm,
+            cache_config=vllm_config.cache_config,
+            quant_config=vllm_config.quant_config,
+            prefix=f"{prefix}.self_attn",
+        )
+        self.mlp = ToMoEMLP(
+            config,
+            layer_idx,
+            bias=_is_set(config, family.mlp_bias),
+            quant_config=vllm_config.quant_config,
+            prefix=f"{prefix}.mlp",
+        )
+        self.input_layernorm = _make_norm(config, family)
+        self.is_parallel = family.is_parallel
+        if not self.is_parallel:
+            self.post_attention_layernorm = _make_norm(config, family)
+
+    def forward(
+        self, positions: torch.Tensor, hidden_states: torch.Tensor, residual: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if residual is None:
+            residual = hidden_states
+            hidden_states = self.input_layernorm(hidden_states)
+        else:
+            hidden_states, residual = self.input_layernorm(hidden_states, residual)
+        attention = self.self_attn(positions, hidden_states)
+        if self.is_parallel:
+            return attention + self.mlp(hidden_states), residual
+        hidden_states, residual = self.post_attention_layernorm(attention, residual)
+        return self.mlp(hidden_states), residual
+
+
+@support_torch_compile(
+    dynamic_arg_dims={
+        "input_ids": {0: "b"},
+        "positions": {0: "b"},
+        "intermediate_tensors": {0: "b"},
+        "inputs_embeds": {0: "b"},
+    }
+)
+class ToMoEModel(nn.Module):
+    """Embeddings, blocks and final norm: the part that torch.compile sees."""
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        super().__init__()
+        config = vllm_config.model_config.hf_config
+        family, pp = DECODERS[base_model_type(config)], get_pp_group()
+        self.embed_tokens: nn.Module = PPMissingLayer()
+        if pp.is_first_rank or (config.tie_word_embeddings and pp.is_last_rank):
+            self.embed_tokens = VocabParallelEmbedding(
+                config.vocab_size, config.hidden_size, quant_config=vllm_config.quant_config
+            )
+        self.start_layer, self.end_layer, self.layers = make_layers(
+            config.num_hidden_layers,
+            lambda prefix: ToMoEDecoderLayer(vllm_config, prefix),
+            prefix=f"{prefix}.layers",
+        )
+        self.final_norm = family.final_norm
+        self.add_module(self.final_norm, _make_norm(config, family) if pp.is_last_rank else PPMissingLayer())
+        self.make_empty_intermediate_tensors = make_empty_intermediate_tensors_factory(
+            ["hidden_states", "residual"], config.hidden_size
+        )
+
+    def embed_input_ids(self, input_ids: torch.Tensor | None) -> torch.Tensor:
+        return self.embed_tokens(input_ids)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None,
+        positions: torch.Tensor,
+        intermediate_tensors: IntermediateTensors | None,
+        inputs_embeds: torch.Tensor | None = None,
+    ) -> torch.Tensor | IntermediateTensors:
+        residual: torch.Tensor | None = None
+        if get_pp_group().is_first_rank:
+            hidden_states = self.embed_input_ids(input_ids) if inputs_embeds is None else inputs_embeds
+        else:
+            assert intermediate_tensors is not None
+            hidden_states = intermediate_tensors["hidden_states"]
+            residual = intermediate_tensors["residual"]
+        for layer in islice(self.layers, self.start_layer, self.end_layer):
+            hidden_states, residual = layer(positions, hidden_states, residual)
+        if not get_pp_group().is_last_rank:
+            return IntermediateTensors({"hidden_states": hidden_states, "residual": residual})
+        hidden_states, _ = getattr(self, self.final_norm)(hidden_states, residual)
+        return hidden_states
+
+
+class ToMoEForCausalLM(nn.Module, SupportsLoRA, SupportsPP, SupportsQuant):
+    """All ToMoE architectures: ``ToMoELlamaForCausalLM``, ``ToMoEPhiForCausalLM`` and so on.
+
+    Raises ``ValueError`` for what cannot work: an unsupported family, head size, activation or parallel size.
+    """
+
+    hf_to_vllm_mapper = WeightsMapper(
+        orig_to_new_stacked={
+            ".q_proj": (".qkv_proj", "q"),
+            ".k_proj": (".qkv_proj", "k"),
+            ".v_proj": (".qkv_proj", "v"),
+            ".gate_proj": (".gate_up_proj", 0),
+            ".up_proj": (".gate_up_proj", 1),
+        }
+    )
+    packed_modules_mapping = {
+        "qkv_proj": ["q_proj", "k_proj", "v_proj"],
+        "gate_up_proj": ["gate_proj", "up_proj"],
+    }
+    embedding_modules = {"embed_tokens": "input_embeddings", "lm_head": "output_embeddings"}
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        super().__init__()
+        config = vllm_config.model_config.hf_config
+        if vllm_config.parallel_config.enable_expert_parallel:
+            raise ValueError(
+                "--enable-expert-parallel does not apply: the experts of ToMoE share one dense matrix. "
+                "Use --tensor-parallel-size alone"
+            )
+        self.config = config
+        self.model = ToMoEModel(vllm_config=vllm_config, prefix=maybe_prefix(prefix, "model"))
+        self.lm_head: nn.Module = PPMissingLayer()
+        if get_pp_group().is_last_rank:
+            self.lm_head = ParallelLMHead(
+                config.vocab_size,
+                config.hidden_size,
+                bias=DECODERS[base_model_type(config)].lm_head_bias,
+                quant_config=vllm_config.quant_config,
+                prefix=maybe_prefix(prefix, "lm_head"),
+            )
+            if config.tie_word_embeddings:
+                self.lm_head = self.lm_head.tie_weights(self.model.embed_tokens)
+        self.logits_processor = LogitsProcessor(config.vocab_size)
+        self.make_empty_intermediate_tensors = self.model.make_empty_intermediate_tensors
+
+    def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
+        return self.model.embed_input_ids(input_ids)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None,
+        positions: torch.Tensor,
+        intermediate_tensors: IntermediateTensors | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+    ) -> torch.Tensor | IntermediateTensors:
+        return self.model(input_ids, positions, intermediate_tensors, inputs_embeds)
+
+    def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
+        return self.logits_processor(self.lm_head, hidden_states, self.lm_head.bias)
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+        """Place every tensor of the checkpoint exactly once; ``ValueError`` names what does not fit."""
+        return load_strictly(
+            self,
+            weights,
+            mapper=self.hf_to_vllm_mapper,
+            packed_modules=self.packed_modules_mapping,
+            is_tied=self.config.tie_word_embeddings,
+            is_quantized=self.quant_config is not None,
+        )
