@@ -25,7 +25,7 @@ ROUTER_ITERATIONS = 150
 
 
 @torch.no_grad()
-def warm_start(student: Student, batches: list[Tensor], *, scale: float = 2.0, attention_ratio: float = 0.8) -> None:
+def warm_start(student: Student, batches: list[Tensor], *, scale: float = 2.0, attention_ratio: float = 0.85) -> None:
     """Set routers and offsets of a student from teacher activations on ``batches`` of [B, S] tokens.
 
     ``scale`` is the spread of the logits (standard deviation within a layer); ``attention_ratio`` the share

