@@ -4,6 +4,7 @@ A family is one entry of :data:`FAMILIES` (where the gates sit), one config clas
 class in ``modeling_tomoe.py``. See docs/adding_a_family.md.
 """
 
+import inspect
 import sys
 from dataclasses import dataclass
 
@@ -136,15 +137,27 @@ class ToMoEConfigMixin(PreTrainedConfig):
 
 
 def _require_plugin_in_vllm(architectures: list[str] | None) -> None:
-    """Stop a vLLM that lacks our plugin: its generic backend would serve something else in silence."""
-    if "vllm" not in sys.modules or not architectures or not architectures[0].startswith("ToMoE"):
+    """Stop a vLLM that lacks our plugin: its generic backend would serve something else in silence.
+
+    Only where vLLM itself asks for the config: plain transformers code may have imported vllm too.
+    """
+    if not architectures or not architectures[0].startswith("ToMoE") or not _is_called_by_vllm():
         return
-    registry = sys.modules.get("vllm.model_executor.models.registry")
-    if registry is not None and architectures[0] not in registry.ModelRegistry.get_supported_archs():
+    # Not an import statement: transformers wants every import of a remote file to be installed.
+    if architectures[0] not in sys.modules["vllm"].ModelRegistry.get_supported_archs():
         raise ImportError(
             "This is a ToMoE checkpoint and this vLLM has no ToMoE plugin. Run `pip install tomoe-vllm` "
             "(and, if VLLM_PLUGINS is set, add `tomoe` to it)."
         )
+
+
+def _is_called_by_vllm() -> bool:
+    frame = inspect.currentframe()
+    while frame is not None:
+        if frame.f_globals.get("__name__", "").partition(".")[0] == "vllm":
+            return True
+        frame = frame.f_back
+    return False
 
 
 class ToMoELlamaConfig(ToMoEConfigMixin, LlamaConfig):
