@@ -1,0 +1,89 @@
+"""What does a training step cost, against the least it could? Run: python benchmarks/train_step.py --base DIR
+
+The least is two dense forwards (teacher, student) and one backward through frozen weights, lm_head included,
+on the same batch. Interleaved, medians; the last line is JSON.
+"""
+
+import argparse
+import json
+import resource
+import statistics
+import time
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from transformers import AutoModelForCausalLM
+
+from training.config import RunConfig
+from training.losses import distillation_loss
+from training.relaxation import NoiseSource
+from training.runtime import has_fast_bfloat16, tune_malloc
+from training.student import Student
+
+
+def dense_step(student: Student, ids: torch.Tensor) -> None:
+    """Two dense forwards and a backward down to the embeddings, with the same distillation loss."""
+    student.set_gates(False)
+    with torch.no_grad():
+        teacher = student.hidden_states(ids)
+    embeddings = student.base.get_input_embeddings()(ids).requires_grad_()
+    hidden = student.base.model(inputs_embeds=embeddings, use_cache=False).last_hidden_state
+    distillation_loss(hidden.flatten(0, 1), teacher.flatten(0, 1), student.base.get_output_embeddings()).backward()
+
+
+def tomoe_step(student: Student, ids: torch.Tensor, noise: NoiseSource, optimizer, step: int) -> None:
+    """One step of the trainer."""
+    out = student(ids, noise.draw(step, list(range(len(ids))), ids.shape[1]))
+    optimizer.zero_grad(set_to_none=True)
+    out["loss"].backward()
+    optimizer.step()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--base", type=Path, required=True, help="dense model folder")
+    parser.add_argument("--batch-size", type=int, default=2)
+    parser.add_argument("--sequence-length", type=int, default=512)
+    parser.add_argument("--rounds", type=int, default=7)
+    arguments = parser.parse_args()
+    tune_malloc()
+    torch.manual_seed(0)
+    dtype = torch.bfloat16 if has_fast_bfloat16(torch.device("cpu")) else torch.float32
+    base = AutoModelForCausalLM.from_pretrained(arguments.base, dtype=dtype).eval()
+    config = RunConfig(active_ratio=0.5)
+    student = Student(base, config)
+    optimizer = torch.optim.AdamW([p for p in student.parameters() if p.requires_grad])
+    noise = NoiseSource.of(student, seed=0)
+    ids = torch.randint(3, base.config.vocab_size, (arguments.batch_size, arguments.sequence_length))
+    student.calibrate(ids)
+    student.settle_widths()
+    seconds: dict[str, list[float]] = {"dense": [], "tomoe": []}
+    for round_ in range(arguments.rounds + 1):
+        for name, step in (
+            ("dense", lambda: dense_step(student, ids)),
+            ("tomoe", lambda n=round_: tomoe_step(student, ids, noise, optimizer, n)),
+        ):
+            start = time.perf_counter()
+            step()
+            if round_:  # the first warms up
+                seconds[name].append(time.perf_counter() - start)
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    result = {
+        "batch": list(ids.shape),
+        "dtype": str(dtype).removeprefix("torch."),
+        "dense_step_s": round(medians["dense"], 3),
+        "tomoe_step_s": round(medians["tomoe"], 3),
+        "ratio": round(medians["tomoe"] / medians["dense"], 3),
+        "spread_s": {name: [round(min(v), 3), round(max(v), 3)] for name, v in seconds.items()},
+        "peak_memory_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
+    }
+    Console(stderr=True).print(
+        f"two dense forwards and a backward {result['dense_step_s']} s, ToMoE step {result['tomoe_step_s']} s: "
+        f"{result['ratio']} x; peak memory {result['peak_memory_gb']} GB"
+    )
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
