@@ -126,7 +126,10 @@ class ToMoEExpertGate(ExpertGate):
 class ToMoEModelMixin(PreTrainedModel):
     """Gives a base family's causal LM its gates: ``layer.self_attn.head_gate``, ``layer.mlp.expert_gate``."""
 
-    _keep_in_fp32_modules_strict = ["head_gate", "expert_gate"]
+    # The routers alone: naming the gates would load their uint8 masks as float32 too.
+    _keep_in_fp32_modules_strict = [
+        "head_gate.value_down", "head_gate.value_norm", "head_gate.value_up", "expert_gate.router",
+    ]  # fmt: skip
 
     def __init__(self, config):
         super().__init__(config)
