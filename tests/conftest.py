@@ -1,0 +1,95 @@
+"""Fixtures of the fast suite: one thread, no hub, caches in a folder that vanishes."""
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import pytest
+
+
+def pytest_configure(config):
+    """Set what libraries read when they are imported, before any test module imports them."""
+    config.hf_home = tempfile.mkdtemp(prefix="tomoe-tests-hf-")
+    os.environ |= {
+        "HF_HOME": config.hf_home,
+        "HF_HUB_OFFLINE": "1",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "TRANSFORMERS_VERBOSITY": "error",
+    }
+
+
+def pytest_unconfigure(config):
+    shutil.rmtree(config.hf_home, ignore_errors=True)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread():
+    """Tiny tensors are slower on more threads, and sums in one order are the same everywhere."""
+    import torch
+
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def dense_folder(tmp_path_factory):
+    """``dense_folder(family, **fields)``: a saved tiny dense model with a tokenizer, made once per session."""
+    from tests.helpers.dense_models import save_dense_model
+
+    made: dict[str, Path] = {}
+
+    def get(family: str = "llama", **fields) -> Path:
+        key = f"{family}-{sorted(fields.items())}"
+        if key not in made:
+            made[key] = tmp_path_factory.mktemp("dense") / family
+            save_dense_model(made[key], family, **fields)
+        return made[key]
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def text_file(tmp_path_factory) -> Path:
+    """A .txt file of 6,000 tokens for the tokenizer of ``dense_folder``."""
+    from tests.helpers.dense_models import random_text
+
+    file = tmp_path_factory.mktemp("text") / "text.txt"
+    file.write_text(random_text(6_000))
+    return file
+
+
+@pytest.fixture(scope="session")
+def adapter_folder(dense_folder, tmp_path_factory):
+    """``adapter_folder(family, **settings)``: an untrained adapter of the dense model, made once per session."""
+    from tests.helpers.students import save_untrained_adapter
+
+    made: dict[str, Path] = {}
+
+    def get(family: str = "llama", **settings) -> Path:
+        key = f"{family}-{sorted(settings.items())}"
+        if key not in made:
+            made[key] = tmp_path_factory.mktemp("adapter") / family
+            save_untrained_adapter(made[key], dense_folder(family), **settings)
+        return made[key]
+
+    return get
+
+
+@pytest.fixture
+def run_cli(monkeypatch, capfd):
+    """``run_cli("inspect", folder)``: the real command line in this process -> (exit code, stdout, stderr)."""
+    from tomoe_vllm import cli
+
+    def run(*arguments) -> tuple[int, str, str]:
+        monkeypatch.setattr("sys.argv", ["tomoe", *map(str, arguments)])
+        capfd.readouterr()
+        try:
+            cli.main()
+            code = 0
+        except SystemExit as exit_:
+            code = exit_.code or 0
+        out, err = capfd.readouterr()
+        return code, out, err
+
+    return run
