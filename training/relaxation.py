@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tomoe_vllm.hf.tomoe_math import GUMBEL_MEDIAN, KEEP_BIAS
+from tomoe_vllm.hf.tomoe_math import GUMBEL_MEDIAN, KEEP_BIAS, top_mask
 
 
 def straight_through(hard: Tensor, soft: Tensor) -> Tensor:
@@ -42,10 +42,11 @@ def width_mask(logits: Tensor, width: int, noise: Tensor | None, tau: float) -> 
     size = logits.shape[-1]
     if width >= size:
         return straight_through(torch.ones_like(noisy), torch.sigmoid((noisy - noisy.detach().amin()) / tau))
-    top = noisy.detach().topk(width + 1, dim=-1)
-    threshold = top.values[..., -2:].mean(dim=-1, keepdim=True)
-    hard = torch.zeros_like(noisy).scatter_(-1, top.indices[..., :width], 1.0)
-    return straight_through(hard, torch.sigmoid((noisy - threshold) / tau))
+    values = noisy.detach()
+    hard = top_mask(values, width)
+    kept = values.masked_fill(~hard, torch.inf).amin(dim=-1, keepdim=True)
+    dropped = values.masked_fill(hard, -torch.inf).amax(dim=-1, keepdim=True)
+    return straight_through(hard, torch.sigmoid((noisy - (kept + dropped) / 2) / tau))
 
 
 def sample_route(logits: Tensor, noise: Tensor | None, tau: float) -> Tensor:

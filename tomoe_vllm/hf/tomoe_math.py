@@ -37,9 +37,14 @@ def keep_margin(logits: Tensor) -> Tensor:
 
 
 def top_mask(logits: Tensor, width: int) -> Tensor:
-    """Boolean mask of the ``width`` largest logits of the last dimension: exactly that many ones."""
-    mask = torch.zeros_like(logits, dtype=torch.bool)
-    return mask.scatter_(-1, logits.topk(width, dim=-1, sorted=False).indices, True)
+    """Boolean mask of the ``width`` largest logits of the last dimension: exactly that many ones.
+
+    Searches the smaller side: where most are kept, it drops the smallest.
+    """
+    size = logits.shape[-1]
+    keeps_most = 2 * width > size
+    few = logits.topk(size - width if keeps_most else width, dim=-1, largest=not keeps_most, sorted=False).indices
+    return torch.full_like(logits, keeps_most, dtype=torch.bool).scatter_(-1, few, not keeps_most)
 
 
 # --------------------------------------------------------------------------- MLP experts, eq. 3, 13
