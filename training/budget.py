@@ -51,7 +51,9 @@ class Widths:
 
 
 def round_width(width: float, multiple: int, limit: int) -> int:
-    """Nearest positive multiple, or ``limit`` itself where the multiples end above it."""
+    """Nearest positive multiple, or ``limit`` itself where that is nearer."""
+    if width > limit - limit % multiple / 2:
+        return limit
     return min(max(multiple, round(width / multiple) * multiple), limit)
 
 
