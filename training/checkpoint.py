@@ -72,7 +72,10 @@ def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
         raise FileNotFoundError(f"{folder} is not a model folder: it has no config.json")
     index = folder / INDEX_NAME
     if index.is_file():
-        files = sorted({folder / name for name in json.loads(index.read_text())["weight_map"].values()})
+        try:
+            files = sorted({folder / name for name in json.loads(index.read_text())["weight_map"].values()})
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{index} is damaged: download or export it again") from error
     else:
         files = sorted(folder.glob("*.safetensors"))
     if not files:

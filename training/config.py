@@ -169,7 +169,10 @@ def load_run_config(file: Path | None, overrides: dict[str, Any], assignments: l
         key, separator, text = assignment.partition("=")
         if not separator:
             raise ValueError(f"--set takes key=value, got {assignment!r}")
-        values[key.strip()] = _parse_scalar(text)
+        try:
+            values[key.strip()] = _parse_scalar(text)
+        except yaml.YAMLError as error:
+            raise ValueError(f"--set {key.strip()}: {text!r} is not valid YAML") from error
     for key in values:
         _check_key(key)
     config = RunConfig(**{key: _check_type(key, value) for key, value in values.items()})

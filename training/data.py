@@ -71,14 +71,15 @@ def load_documents(source: str, text_column: str | None = None):
     else:
         try:
             rows = datasets.load_dataset(FILE_LOADERS[path.suffix], data_files=str(path), split="train")
-        except (datasets.exceptions.DatasetGenerationError, json.JSONDecodeError) as error:
-            raise ValueError(f"{source} cannot be read as {path.suffix[1:]}: {error.__cause__ or error}") from error
+        except (datasets.exceptions.DatasetGenerationError, json.JSONDecodeError, StopIteration) as error:
+            reason = error.__cause__ or str(error) or "it holds no rows"  # StopIteration: an empty file
+            raise ValueError(f"{source} cannot be read as {path.suffix[1:]}: {reason}") from error
     columns = rows.column_names
     column = text_column or (TEXT_COLUMN if TEXT_COLUMN in columns else None)
     if column is None and all(name in columns for name in INSTRUCTION_COLUMNS):
         return rows.map(lambda row: {"text": alpaca_text(row)}, remove_columns=columns)
     if column not in columns:
-        wanted = f"column {column!r}" if column else "a 'text' column or instruction/output columns"
+        wanted = f"column {column!r}" if column else "'text' column, nor instruction and output columns"
         raise ValueError(f"{source} has no {wanted}; it has: {', '.join(columns)}. Use --text-column")
     return (
         rows.select_columns([column]).rename_column(column, "text")
