@@ -115,9 +115,9 @@ def export_checkpoint(
     check_base(adapter, base)
     dense = stored_tensors(base)
     with whole_folder(out) as folder:
-        weight_map = {name: tensor.file.name for name, tensor in dense.items()}
+        weight_map = {name: _dense_name(tensor.file) for name, tensor in dense.items()}
         for file in sorted({tensor.file for tensor in dense.values()}):
-            link_or_copy(file, folder / file.name)
+            link_or_copy(file, folder / _dense_name(file))
         tensors: dict[str, Tensor] = {}
         for i, layer in enumerate(adapter.layers):
             tensors |= tomoe_tensors(layer, i, widths, shape)
@@ -136,6 +136,11 @@ def export_checkpoint(
         (folder / "tomoe_provenance.json").write_text(json.dumps(details, indent=2) + "\n")
         (folder / "README.md").write_text(model_card(adapter.config, widths, shape))
     return widths
+
+
+def _dense_name(file: Path) -> str:
+    """Name of a dense file in the checkpoint: transformers reads model.safetensors alone, past any index."""
+    return "model-dense.safetensors" if file.name == "model.safetensors" else file.name
 
 
 def _write_config(config, adapter: Adapter, widths: Widths, active_ratio: float | None, folder: Path) -> None:
