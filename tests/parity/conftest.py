@@ -1,0 +1,127 @@
+"""Engines for the parity tests, one at a time and in this process, and the reference they are compared with.
+
+In this process, because then an error while loading is an exception a test can read, and the second engine
+starts in seconds. Threads are left unbound: vLLM would pin this process to one core for the tests that follow.
+"""
+
+import gc
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+NUM_TOKENS = 24
+PROMPT_LENGTHS = (1, 2, 5, 8, 13, 16, 17, 31, 32, 33, 40, 48, 55, 64, 65, 90)
+"""One token alone; around the attention kernel's block of 32; 16 prompts in all."""
+
+
+@pytest.fixture(scope="package", autouse=True)
+def vllm_environment():
+    """What vLLM reads from the environment, for these tests only."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+        patch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+        patch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+        patch.setenv("OMP_NUM_THREADS", "1")
+        yield
+
+
+def make_prompts(vocab_size: int, lengths=PROMPT_LENGTHS, seed: int = 7) -> list[list[int]]:
+    """Random token ids, the same every time."""
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(2, vocab_size, (length,), generator=generator).tolist() for length in lengths]
+
+
+@dataclass(frozen=True)
+class Completion:
+    """A prompt, the greedy tokens after it, and the logprob of every token but the first."""
+
+    prompt: list[int]
+    tokens: list[int]
+    logprobs: torch.Tensor  # [prompt + tokens - 1] float32
+
+
+class Engine:
+    """A vLLM engine on one checkpoint, without tokenizer."""
+
+    def __init__(self, folder: Path, **options):
+        from vllm import LLM
+
+        defaults = {
+            "dtype": "float32",
+            "enforce_eager": True,
+            "skip_tokenizer_init": True,
+            "max_model_len": 256,
+            "max_num_seqs": 16,
+            "num_gpu_blocks_override": 64,
+            "disable_log_stats": True,
+            "enable_prefix_caching": False,  # cached prompts would have no logprobs
+        }
+        self.llm = LLM(str(folder), **(defaults | options))
+
+    def inspect(self, function):
+        """Result of ``function(model)`` on the engine's own model."""
+        return self.llm.apply_model(function)[0]
+
+    def complete(self, prompts: list[list[int]], **options) -> list[Completion]:
+        """Greedy continuation of each prompt, all in one batch."""
+        from vllm import SamplingParams
+
+        sampling = SamplingParams(
+            temperature=0, max_tokens=NUM_TOKENS, ignore_eos=True, prompt_logprobs=0, logprobs=0, detokenize=False
+        )
+        inputs = [{"prompt_token_ids": prompt} for prompt in prompts]
+        outputs = self.llm.generate(inputs, sampling, use_tqdm=False, **options)
+        completions = []
+        for prompt, output in zip(prompts, outputs, strict=True):
+            tokens = list(output.outputs[0].token_ids)
+            rows = [*output.prompt_logprobs[1:], *output.outputs[0].logprobs]
+            ids = [*prompt[1:], *tokens]
+            logprobs = torch.tensor([row[token].logprob for row, token in zip(rows, ids, strict=True)])
+            completions.append(Completion(prompt, tokens, logprobs))
+        return completions
+
+
+@contextmanager
+def start_engine(folder: Path, **options):
+    """An :class:`Engine` that is gone afterwards, whatever happened."""
+    engine = None
+    try:
+        engine = Engine(folder, **options)
+        yield engine
+    finally:
+        if engine is not None:
+            engine.llm.llm_engine.engine_core.shutdown()
+        del engine
+        gc.collect()
+
+
+@torch.no_grad()
+def reference_completion(model, completion: Completion) -> Completion:
+    """What the reference model says about the same text: its greedy tokens and its logprobs.
+
+    One forward pass over prompt and tokens. Its argmax at every step equals the engine's token if and only if
+    its own greedy generation gives these tokens.
+    """
+    ids = completion.prompt + completion.tokens
+    logprobs = model(torch.tensor([ids])).logits[0].float().log_softmax(-1)
+    tokens = logprobs[len(completion.prompt) - 1 : -1].argmax(-1).tolist()
+    return Completion(completion.prompt, tokens, logprobs[range(len(ids) - 1), ids[1:]])
+
+
+def max_logprob_difference(model, completions: list[Completion]) -> float:
+    """Largest difference between the engine and the reference over every token of every completion."""
+    differences = [
+        (completion.logprobs - reference_completion(model, completion).logprobs).abs().max()
+        for completion in completions
+    ]
+    return float(torch.stack(differences).max())
+
+
+@pytest.fixture(scope="session")
+def prompts():
+    from tests.helpers.tiny_models import VOCAB_SIZE
+
+    return make_prompts(VOCAB_SIZE)
