@@ -148,7 +148,7 @@ def main() -> None:
 
     write_demo_text(train_text, held_out)
     is_resumed = SHIPPED_ADAPTER.is_dir() and not arguments.cold
-    settings = ["sequence_length=512", "batch_size=2", "self_tokens=8192", "schedule=linear", "beta=0.2"]
+    settings = ["sequence_length=512", "batch_size=2", "self_tokens=4096", "schedule=linear", "beta=0.2"]
     if is_resumed:
         settings += [f"init_adapter={SHIPPED_ADAPTER}", "learning_rate=2e-4", "warmup_steps=5"]
     trained = run(

@@ -41,6 +41,8 @@ from training.warm_start import warm_start
 CHECKPOINT = "checkpoint.pt"
 METRICS = "metrics.jsonl"
 RUN_CONFIG = "config.yaml"
+SELF_TEXT_LENGTH = 256
+"""Tokens of one text sampled from the dense model: decoding is serial, so short texts in a batch are quick."""
 # Settings a resumed run may change without becoming another run.
 _MAY_CHANGE = {"log_every", "checkpoint_every", "tensorboard", "notes"}
 
@@ -152,7 +154,7 @@ class _Run:
                 self.base,
                 self.tokenizer,
                 num_tokens=self.config.self_tokens,
-                length=self.config.sequence_length,
+                length=min(self.config.sequence_length, SELF_TEXT_LENGTH),
                 seed=self.config.seed,
             )
             temporary = file.with_suffix(f".tmp-{os.getpid()}")
