@@ -161,9 +161,7 @@ def eval_ppl(
 def main() -> None:
     """Entry point: turns errors into one line and an exit code, at the process's edge."""
     try:
-        app(standalone_mode=False)
-    except typer.Exit as exit_:
-        sys.exit(exit_.exit_code)
+        code = app(standalone_mode=False)  # what typer returns for an Exit, into which newer ones turn Ctrl-C
     except (KeyboardInterrupt, typer.Abort):
         _fail("interrupted", 130)
     except Exception as error:
@@ -172,10 +170,14 @@ def main() -> None:
         format_message = getattr(error, "format_message", None)  # click's own errors have one
         text = format_message() if format_message else str(error) or type(error).__name__
         _fail(" ".join(text.split()), 2 if format_message or isinstance(error, (ValueError, OSError)) else 1)
+    if code == 130:
+        _fail("interrupted", 130)
+    sys.exit(code)
 
 
 def _fail(message: str, code: int) -> None:
-    print(f"tomoe: {message}", file=sys.stderr)
+    if message:  # none where typer has shown the help instead
+        print(f"tomoe: {message}", file=sys.stderr)
     sys.exit(code)
 
 
