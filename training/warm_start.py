@@ -60,6 +60,7 @@ def _normal_logits(importance: Tensor, keep_ratio: float, scale: float) -> Tenso
     size = importance.shape[-1]
     ranks = importance.argsort(dim=-1).argsort(dim=-1).float()
     scores = torch.special.ndtri((ranks + 0.5) / size)
+    keep_ratio = min(keep_ratio, 1 - 0.25 / size)  # all kept, and the logits finite
     cut = torch.special.ndtri(torch.tensor(1 - keep_ratio))
     return scale * (scores - cut) - (KEEP_BIAS + GUMBEL_MEDIAN)
 
