@@ -1,0 +1,27 @@
+"""Python in another process: one thread, this repository's packages, text in and out."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+def environment(**more: str) -> dict[str, str]:
+    """This process's environment with one thread and the repository on the path."""
+    return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)} | more
+
+
+def python(*arguments: object, **options) -> subprocess.CompletedProcess:
+    """Run ``python arguments`` to its end with captured text; ``env`` and ``cwd`` as in subprocess."""
+    command = [sys.executable, *map(str, arguments)]
+    options = {"env": environment(), "timeout": 300} | options
+    return subprocess.run(command, capture_output=True, text=True, **options)
+
+
+def start_python(*arguments: object, **options) -> subprocess.Popen:
+    """Start ``python arguments``; the caller waits for it."""
+    command = [sys.executable, *map(str, arguments)]
+    options = {"env": environment()} | options
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
