@@ -1,0 +1,115 @@
+"""The real model through the real commands: SmolLM2-135M, the shipped adapter, export, both backends."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tests.parity.conftest import max_logprob_difference, reference_completion, start_engine
+
+ROOT = Path(__file__).resolve().parents[2]
+ADAPTER = ROOT / "adapters" / "smollm2-135m-p70"
+NUM_TOKENS = 48
+LOGPROB_LIMIT = 1e-3
+
+pytestmark = [pytest.mark.slow, pytest.mark.engine]
+
+PROMPTS = [
+    "The import statement searches for the named module",
+    "Water boils at",
+    "def fibonacci(n):\n    ",
+    "Once upon a time there was a king who",
+    "The European lobster is",
+    "In 1969 the first",
+    "Dear Sir or Madam,",
+    "2 + 2 = 4, 3 + 3 =",
+    "The three primary colours are",
+    "SELECT name FROM users WHERE",
+    "A",
+    "Q: Who wrote Hamlet?\nA:",
+    "To make an omelette, first",
+    "The quick brown fox jumps over the lazy dog. " * 6,
+    "Photosynthesis is the process by which",
+    "<html>\n<head>",
+]
+
+
+def tomoe(*arguments: object) -> dict:
+    """Run a command as a user does; its last line on standard output."""
+    command = [Path(sys.executable).parent / "tomoe", *map(str, arguments)]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("base") / "smollm2"
+    assert tomoe("demo-model", "--out", folder)["parameters"] == 134_515_008
+    return folder
+
+
+@pytest.fixture(scope="module")
+def checkpoint(base, tmp_path_factory) -> Path:
+    """The shipped adapter exported at p = 0.5, tighter than it was trained for."""
+    folder = tmp_path_factory.mktemp("checkpoint") / "smollm2-tomoe"
+    tomoe("export", "--base", base, "--adapter", ADAPTER, "--out", folder, "--active-ratio", 0.5)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def reference(checkpoint):
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, trust_remote_code=True, dtype=torch.float32)
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def prompts(checkpoint) -> list[list[int]]:
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    return [tokenizer(prompt).input_ids for prompt in PROMPTS]
+
+
+@pytest.fixture(scope="module")
+def completions(checkpoint, prompts):
+    with start_engine(checkpoint, num_gpu_blocks_override=128) as engine:
+        batch = engine.complete(prompts, num_tokens=NUM_TOKENS)
+        alone = [engine.complete([prompt], num_tokens=NUM_TOKENS)[0] for prompt in prompts[:4]]
+    return batch, alone
+
+
+def test_inspect_shows_a_ratio_at_the_budget_and_not_over(checkpoint):
+    assert 0.49 <= tomoe("inspect", checkpoint)["active_ratio"] <= 0.5
+
+
+def test_reference_and_engine_give_the_same_tokens(reference, completions):
+    assert len(completions[0]) == 16
+    for completion in completions[0]:
+        assert len(completion.tokens) == NUM_TOKENS
+        assert reference_completion(reference, completion).tokens == completion.tokens
+
+
+def test_reference_and_engine_agree_on_logprobs(reference, completions):
+    assert max_logprob_difference(reference, completions[0]) < LOGPROB_LIMIT
+
+
+def test_a_prompt_gives_the_same_tokens_alone_and_in_a_batch_of_16(completions):
+    batch, alone = completions
+    assert [c.tokens for c in alone] == [c.tokens for c in batch[:4]]
+
+
+def test_three_ranks_give_the_tokens_of_one(checkpoint, prompts, completions):
+    with start_engine(checkpoint, num_gpu_blocks_override=128, tensor_parallel_size=3) as engine:
+        sharded = engine.complete(prompts, num_tokens=NUM_TOKENS)
+    assert [c.tokens for c in sharded] == [c.tokens for c in completions[0]]
+
+
+def test_perplexity_is_the_same_on_both_backends(checkpoint, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text((ROOT / "docs" / "method.md").read_text())
+    options = ("--model", checkpoint, "--text", text, "--block-size", 256, "--max-blocks", 4)
+    hf, vllm = (tomoe("eval", "ppl", *options, "--backend", backend)["ppl"] for backend in ("hf", "vllm"))
+    assert hf == pytest.approx(vllm, rel=1e-3)
