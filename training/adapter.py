@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from tomoe_vllm.hf.configuration_tomoe import FAMILIES
 from training.budget import LayerLogits
-from training.checkpoint import ADAPTER_CONFIG, ADAPTER_TENSORS, write_json_whole
+from training.checkpoint import ADAPTER_CONFIG, ADAPTER_TENSORS, write_json_whole, write_tensors
 
 FORMAT_VERSION = 1
 
@@ -79,7 +79,7 @@ class Adapter:
         }
         folder.mkdir(parents=True, exist_ok=True)
         temporary = folder / f"{ADAPTER_TENSORS}.tmp-{os.getpid()}"
-        save_file(tensors, temporary, metadata={"format": "pt"})
+        write_tensors(tensors, temporary)
         temporary.replace(folder / ADAPTER_TENSORS)
         write_json_whole(folder / ADAPTER_CONFIG, asdict(self.config))
 

@@ -15,6 +15,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_TENSORS = "adapter.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
@@ -132,6 +136,14 @@ def write_json_whole(path: Path, data: object) -> None:
     temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
     temporary.write_text(json.dumps(data, indent=2) + "\n")
     temporary.replace(path)
+
+
+def write_tensors(tensors: dict[str, Tensor], file: Path) -> None:
+    """Save contiguous CPU tensors as safetensors. Raises ``OSError`` where the file cannot be written."""
+    try:
+        save_file(tensors, file, metadata={"format": "pt"})
+    except SafetensorError as error:  # what a full disk is to it
+        raise OSError(f"{file} cannot be written: {error}") from error
 
 
 def link_or_copy(source: Path, target: Path) -> None:

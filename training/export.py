@@ -8,9 +8,9 @@ import json
 import shutil
 from importlib.resources import files
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoConfig
 
@@ -18,7 +18,7 @@ from tomoe_vllm.hf.configuration_tomoe import CONFIG_CLASSES, base_model_type, b
 from tomoe_vllm.hf.tomoe_math import BlockShape, head_units, pack_signature, top_mask
 from training.adapter import Adapter, LayerAdapter
 from training.budget import Widths, choose_units, expert_masks, solve_widths
-from training.checkpoint import INDEX_NAME, fingerprint, link_or_copy, stored_tensors, whole_folder
+from training.checkpoint import INDEX_NAME, fingerprint, link_or_copy, stored_tensors, whole_folder, write_tensors
 from training.model_card import model_card
 from training.provenance import provenance
 
@@ -36,8 +36,11 @@ def load_base_config(base: Path):
         raw = json.loads((base / "config.json").read_text())
     except json.JSONDecodeError as error:
         raise ValueError(f"{base / 'config.json'} is damaged: {error}") from error
-    if str(raw.get("model_type", "")).startswith("tomoe_"):
+    model_type = str(raw.get("model_type", "")) if isinstance(raw, dict) else ""
+    if model_type.startswith("tomoe_"):
         raise ValueError(f"{base} is already a ToMoE checkpoint; give the dense model as --base")
+    # Before AutoConfig, whose own error for a type it does not know says nothing of ours.
+    base_model_type(SimpleNamespace(model_type=model_type))
     config = AutoConfig.from_pretrained(base)
     base_model_type(config)
     return config
@@ -111,8 +114,8 @@ def export_checkpoint(
     config = load_base_config(base)
     adapter = Adapter.load(adapter_folder)
     shape = block_shape(config)
-    widths = plan_widths(adapter, shape, active_ratio, width_multiple, head_dim_multiple)
     check_base(adapter, base)
+    widths = plan_widths(adapter, shape, active_ratio, width_multiple, head_dim_multiple)
     dense = stored_tensors(base)
     with whole_folder(out) as folder:
         weight_map = {name: _dense_name(tensor.file) for name, tensor in dense.items()}
@@ -121,7 +124,7 @@ def export_checkpoint(
         tensors: dict[str, Tensor] = {}
         for i, layer in enumerate(adapter.layers):
             tensors |= tomoe_tensors(layer, i, widths, shape)
-        save_file(tensors, folder / TOMOE_SHARD, metadata={"format": "pt"})
+        write_tensors(tensors, folder / TOMOE_SHARD)
         weight_map |= dict.fromkeys(tensors, TOMOE_SHARD)
         num_bytes = sum(t.end - t.start for t in dense.values()) + sum(t.nbytes for t in tensors.values())
         index = {"metadata": {"total_size": num_bytes}, "weight_map": dict(sorted(weight_map.items()))}
