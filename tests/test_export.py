@@ -171,7 +171,7 @@ import time, training.export
 def slow(*args, **kwargs):
     print("saving", flush=True)
     time.sleep(60)
-training.export.save_file = slow
+training.export.write_tensors = slow
 from tomoe_vllm.cli import main
 main()
 """
