@@ -55,7 +55,7 @@ class RunConfig(MethodSettings):
     """A whole training run."""
 
     base: str = ""
-    """Folder (or hub name) of the dense model."""
+    """Folder of the dense model."""
     data: list[str] = field(default_factory=list)
     """Sources, interleaved 1:1: .txt/.jsonl/.json/.parquet files, wikitext, alpaca, code_alpaca, hf:NAME, self."""
     text_column: str | None = None
