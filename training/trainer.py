@@ -40,6 +40,7 @@ from training.warm_start import warm_start
 
 CHECKPOINT = "checkpoint.pt"
 METRICS = "metrics.jsonl"
+SELF_TEXT = "self.jsonl"
 RUN_CONFIG = "config.yaml"
 SELF_TEXT_LENGTH = 256
 """Tokens of one text sampled from the dense model: decoding is serial, so short texts in a batch are quick."""
@@ -100,10 +101,14 @@ class _Run:
         self.micro_batches = [range(first + i, first + i + micro) for i in range(0, local, micro)]
 
     def _claim_folder(self) -> None:
-        """Resume the run that lives in ``out``, or start one; another run's folder is refused."""
+        """Resume the run that lives in ``out``, or start one; another run's folder is refused.
+
+        A run that failed before its first step (a mistyped file name) left nothing worth keeping.
+        """
         file = self.run_folder / RUN_CONFIG
         mine = {k: v for k, v in dataclasses.asdict(self.config).items() if k not in _MAY_CHANGE}
-        if file.is_file():
+        has_started = any(f.is_file() for f in (self.run_folder / METRICS, self.out / ADAPTER_CONFIG))
+        if has_started and file.is_file():
             theirs = {k: v for k, v in yaml.safe_load(file.read_text()).items() if k not in _MAY_CHANGE}
             differing = sorted(k for k in mine.keys() | theirs.keys() if mine.get(k) != theirs.get(k))
             if differing:
@@ -112,11 +117,13 @@ class _Run:
                     f"{self.out} belongs to another run ({k}: {theirs.get(k)!r} there, {mine.get(k)!r} here); "
                     "choose another --out, or give the same settings to resume it"
                 )
-        elif self.out.exists() and any(self.out.iterdir()):
+        elif not file.is_file() and self.out.exists() and any(self.out.iterdir()):
             raise ValueError(f"{self.out} exists and is not a training run; choose another --out")
         self.accelerator.wait_for_everyone()
         if self.is_main:
             self.run_folder.mkdir(parents=True, exist_ok=True)
+            if not has_started:
+                (self.run_folder / SELF_TEXT).unlink(missing_ok=True)
             file.write_text(yaml.safe_dump(dataclasses.asdict(self.config), sort_keys=False))
             if not (self.run_folder / "provenance.json").exists():
                 write_json_whole(self.run_folder / "provenance.json", provenance())
@@ -148,7 +155,7 @@ class _Run:
 
     def _self_text(self):
         """Text of the dense model itself, sampled once and kept, so that a resumed run sees the same."""
-        file = self.run_folder / "self.jsonl"
+        file = self.run_folder / SELF_TEXT
         if not file.is_file():
             texts = sample_from_model(
                 self.base,
