@@ -1,0 +1,76 @@
+"""What ``tomoe inspect`` counts, against a count over the tensors themselves."""
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.helpers.dense_models import FAMILIES
+from tests.helpers.students import save_untrained_adapter
+from training.export import TOMOE_SHARD, export_checkpoint
+from training.inspection import inspect
+
+
+@pytest.fixture(params=[(f, m) for f in FAMILIES for m in ("dynamic", "static", "none")], ids="-".join)
+def checkpoint(request, dense_folder, tmp_path):
+    family, vo_mode = request.param
+    save_untrained_adapter(tmp_path / "adapter", dense_folder(family), vo_mode=vo_mode)
+    export_checkpoint(
+        dense_folder(family), tmp_path / "adapter", tmp_path / "out", width_multiple=8, head_dim_multiple=4
+    )
+    return tmp_path / "out"
+
+
+def _matrices(folder):
+    return {n: t for f in folder.glob("model-*.safetensors") for n, t in load_file(f).items() if t.dim() == 2}
+
+
+def test_counts_are_those_of_the_tensors(checkpoint):
+    facts, tensors = inspect(checkpoint), _matrices(checkpoint)
+    dense = {n: t for n, t in tensors.items() if "_gate." not in n}
+    blocks = sum(t.numel() for n, t in dense.items() if ".layers." in n)
+    outside = sum(t.numel() for n, t in dense.items() if ".layers." not in n)
+    routers = sum(t.numel() for n, t in tensors.items() if "_gate." in n and t.dtype == torch.float32)
+    assert facts["total_block_parameters"] == blocks
+    assert facts["embedding_and_head_parameters"] == outside
+    assert facts["router_parameters"] == routers
+    assert facts["active_parameters"] == facts["active_block_parameters"] + routers + outside
+    read = facts["really_read_per_token"]
+    assert read["block_and_router_parameters"] == blocks + routers
+    head = next(t for n, t in dense.items() if ".layers." not in n).numel()
+    assert read["flops"] == 2 * (blocks + routers + head)
+
+
+def test_active_parameters_are_what_slicing_would_leave(checkpoint):
+    facts, gates = inspect(checkpoint), load_file(checkpoint / TOMOE_SHARD)
+    active = 0
+    for name, tensor in _matrices(checkpoint).items():
+        if ".layers." not in name or "_gate." in name:
+            continue
+        layer, (rows, columns) = int(name.split(".")[2]), tensor.shape
+        kept_qk = gates[f"model.layers.{layer}.self_attn.head_gate.query_key_dims"].float().mean().item()
+        vo = facts["vo_head_dims"][layer] / len(gates[f"model.layers.{layer}.self_attn.head_gate.query_key_dims"])
+        signature = gates[f"model.layers.{layer}.mlp.expert_gate.signature"]
+        mlp = ((signature[:, 0] & 1) > 0).float().mean().item()
+        share = mlp if ".mlp." in name else kept_qk if "q_proj" in name or "k_proj" in name else vo
+        active += rows * columns * share
+    assert facts["active_block_parameters"] == pytest.approx(active, rel=1e-6)
+    assert facts["active_ratio"] == pytest.approx(active / facts["total_block_parameters"], rel=1e-6)
+    assert facts["active_ratio"] <= facts["active_ratio_target"] == 0.6
+
+
+def test_bytes_are_those_on_disk(checkpoint):
+    facts = inspect(checkpoint)
+    tensors = {f.name: load_file(f) for f in checkpoint.glob("*.safetensors")}
+    assert facts["tomoe_bytes"] == sum(t.nbytes for t in tensors[TOMOE_SHARD].values())
+    assert facts["total_bytes"] == sum(t.nbytes for file in tensors.values() for t in file.values())
+
+
+def test_adapter_facts(adapter_folder):
+    facts = inspect(adapter_folder())
+    assert (facts["kind"], facts["base_model_type"], facts["num_layers"], facts["num_experts"]) == (
+        "adapter",
+        "llama",
+        2,
+        4,
+    )
+    assert facts["bytes"] == sum(t.nbytes for t in load_file(adapter_folder() / "adapter.safetensors").values())
