@@ -36,11 +36,11 @@ def make_prompts(vocab_size: int, lengths=PROMPT_LENGTHS, seed: int = 7) -> list
 
 @dataclass(frozen=True)
 class Completion:
-    """A prompt, the greedy tokens after it, and the logprob of every token but the first."""
+    """A prompt, the greedy tokens after it, and logprobs: of every token but the first, or of the last ones."""
 
     prompt: list[int]
     tokens: list[int]
-    logprobs: torch.Tensor  # [prompt + tokens - 1] float32
+    logprobs: torch.Tensor  # float32, at most [prompt + tokens - 1]
 
 
 class Engine:
@@ -65,20 +65,25 @@ class Engine:
         """Result of ``function(model)`` on the engine's own model."""
         return self.llm.apply_model(function)[0]
 
-    def complete(self, prompts: list[list[int]], **options) -> list[Completion]:
-        """Greedy continuation of each prompt, all in one batch."""
+    def complete(self, prompts: list[list[int]], *, prompt_logprobs: int | None = 0, **options) -> list[Completion]:
+        """Greedy continuation of each prompt, all in one batch; ``prompt_logprobs=None`` leaves out the prompt's."""
         from vllm import SamplingParams
 
         sampling = SamplingParams(
-            temperature=0, max_tokens=NUM_TOKENS, ignore_eos=True, prompt_logprobs=0, logprobs=0, detokenize=False
+            temperature=0,
+            max_tokens=NUM_TOKENS,
+            ignore_eos=True,
+            prompt_logprobs=prompt_logprobs,
+            logprobs=0,
+            detokenize=False,
         )
         inputs = [{"prompt_token_ids": prompt} for prompt in prompts]
         outputs = self.llm.generate(inputs, sampling, use_tqdm=False, **options)
         completions = []
         for prompt, output in zip(prompts, outputs, strict=True):
             tokens = list(output.outputs[0].token_ids)
-            rows = [*output.prompt_logprobs[1:], *output.outputs[0].logprobs]
-            ids = [*prompt[1:], *tokens]
+            rows = [*(output.prompt_logprobs or [None])[1:], *output.outputs[0].logprobs]
+            ids = (prompt + tokens)[-len(rows) :]
             logprobs = torch.tensor([row[token].logprob for row, token in zip(rows, ids, strict=True)])
             completions.append(Completion(prompt, tokens, logprobs))
         return completions
@@ -113,11 +118,13 @@ def reference_completion(model, completion: Completion) -> Completion:
 
 def max_logprob_difference(model, completions: list[Completion]) -> float:
     """Largest difference between the engine and the reference over every token of every completion."""
-    differences = [
-        (completion.logprobs - reference_completion(model, completion).logprobs).abs().max()
-        for completion in completions
-    ]
-    return float(torch.stack(differences).max())
+    return float(torch.cat([logprob_differences(model, completion) for completion in completions]).max())
+
+
+def logprob_differences(model, completion: Completion) -> torch.Tensor:
+    """Absolute differences between the engine and the reference, one for each logprob of ``completion``."""
+    expected = reference_completion(model, completion).logprobs[-len(completion.logprobs) :]
+    return (completion.logprobs - expected).abs()
 
 
 @pytest.fixture(scope="session")

@@ -16,12 +16,27 @@ TWO_LAYERS = {
 }
 
 
-@pytest.mark.parametrize("family", ["llama", "phi"])
-def test_compiled_model_agrees_with_the_reference(tmp_path, prompts, monkeypatch, family):
-    monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path / "cache"))  # compile, do not load what an earlier run left
-    model = save_tiny_model(tmp_path / "model", family, **TWO_LAYERS)
-    with start_engine(tmp_path / "model", enforce_eager=False) as engine:
+def check_compiled(folder, prompts, family, **fields):
+    model = save_tiny_model(folder, family, **(TWO_LAYERS | fields))
+    with start_engine(folder, enforce_eager=False) as engine:
         completions = engine.complete(prompts)
     for completion in completions:
         assert reference_completion(model, completion).tokens == completion.tokens
     assert max_logprob_difference(model, completions) < LOGPROB_LIMIT
+
+
+@pytest.fixture(autouse=True)
+def empty_cache(tmp_path, monkeypatch):
+    """Compile, do not load what an earlier run left."""
+    monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path / "cache"))
+
+
+@pytest.mark.parametrize("family", ["llama", "phi"])
+def test_compiled_model_agrees_with_the_reference(tmp_path, prompts, family):
+    check_compiled(tmp_path / "model", prompts, family)
+
+
+def test_cached_graph_is_not_used_for_other_widths(tmp_path, prompts):
+    """Same shapes, other top-K and an unmasked layer: constants in the graph, so the cache must tell them apart."""
+    check_compiled(tmp_path / "first", prompts, "llama")
+    check_compiled(tmp_path / "second", prompts, "llama", vo_head_dims=[9, 32], qk_head_dims=[32, 24])

@@ -42,8 +42,9 @@ def test_adapter_equals_merged_weights(tmp_path, prompts, family):
     save_adapter(tmp_path / "adapter", merged, TARGETS[family])
     request = LoRARequest("adapter", 1, str(tmp_path / "adapter"))
     with start_engine(tmp_path / "base", enable_lora=True, max_lora_rank=8) as engine:
-        adapted = engine.complete(prompts[:6], lora_request=request)
-        plain = engine.complete(prompts[:6])
+        # Logprobs of prompts with LoRA: vLLM 0.32's CPU build fails (bgmv_shrink), on its own models too.
+        adapted = engine.complete(prompts[:6], prompt_logprobs=None, lora_request=request)
+        plain = engine.complete(prompts[:6], prompt_logprobs=None)
     assert max_logprob_difference(merged, adapted) < LOGPROB_LIMIT
     assert max_logprob_difference(base, plain) < LOGPROB_LIMIT
     assert max_logprob_difference(base, adapted) > 100 * LOGPROB_LIMIT
