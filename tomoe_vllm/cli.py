@@ -8,7 +8,7 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -149,13 +149,46 @@ def eval_ppl(
     """Perplexity, token level, over non-overlapping blocks."""
     from training.evaluate import evaluate_perplexity
 
-    score = None
+    score: Any = None
     if backend == "vllm":
         from tomoe_vllm.offline import score_with_vllm as score
     elif backend != "hf":
         raise ValueError(f"backend is {backend!r}; it must be hf or vllm")
     facts = evaluate_perplexity(model, text, block_size=block_size, max_blocks=max_blocks, dtype=dtype, score=score)
     _result(facts | {"backend": backend})
+
+
+@evaluation.command("tasks")
+def eval_tasks(
+    model: Annotated[Path, typer.Option(help="Dense model or checkpoint.")],
+    tasks: Annotated[str, typer.Option(help="a,b,c: lm-eval's names, or zero-shot, few-shot, generation.")],
+    backend: Annotated[str, typer.Option(help="hf (the reference) or vllm.")] = "hf",
+    task_folder: Annotated[Path | None, typer.Option(help="Folder with task YAML files of your own.")] = None,
+    num_fewshot: Annotated[int | None, typer.Option(help="Examples in the prompt; default: the task's own.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Rows per task, for a quick look.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Default: 8 for hf; vllm schedules by itself.")] = None,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    chat_template: Annotated[bool, typer.Option("--chat-template", help="Ask through the chat template.")] = False,
+) -> None:
+    """Downstream tasks, by lm-eval (extra: eval)."""
+    from training.report import print_table
+    from training.tasks import evaluate_tasks, score_rows
+
+    facts = evaluate_tasks(
+        model,
+        [name.strip() for name in tasks.split(",") if name.strip()],
+        backend=backend,
+        task_folder=task_folder,
+        num_fewshot=num_fewshot,
+        limit=limit,
+        batch_size=batch_size,
+        dtype=dtype,
+        use_chat_template=chat_template,
+    )
+    print_table(
+        f"{model} ({backend}, {dtype})", ["task", "shots", "rows", "metric", "value"], score_rows(facts["tasks"])
+    )
+    _result(facts)
 
 
 def main() -> None:

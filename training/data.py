@@ -67,7 +67,10 @@ def load_documents(source: str, text_column: str | None = None):
     elif not path.is_file():
         raise FileNotFoundError(f"no such data file: {source}")
     elif path.suffix == ".txt":
-        return datasets.Dataset.from_dict({"text": [path.read_text()]})
+        try:
+            return datasets.Dataset.from_dict({"text": [path.read_text(encoding="utf-8")]})
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{source} is not UTF-8 text: {error}") from error
     else:
         try:
             rows = datasets.load_dataset(FILE_LOADERS[path.suffix], data_files=str(path), split="train")
