@@ -44,9 +44,7 @@ def test_odd_dims_are_allowed_where_some_dims_are_single():
 
 
 def test_unsupported_family_lists_the_supported():
-    with pytest.raises(
-        ValueError, match="'gpt2' is not a supported family; supported: llama, mistral, phi, qwen2"
-    ):
+    with pytest.raises(ValueError, match="'gpt2' is not a supported family; supported: llama, mistral, phi, qwen2"):
         base_model_type(GPT2Config())
 
 

@@ -83,6 +83,12 @@ def test_unknown_source_lists_what_there_is(source):
         load_documents(source)
 
 
+def test_text_file_that_is_no_text_is_named(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ValueError, match=r"a\.txt is not UTF-8 text"):
+        load_documents(str(tmp_path / "a.txt"))
+
+
 def test_damaged_jsonl_is_named(tmp_path):
     file = tmp_path / "a.jsonl"
     file.write_text('{"text": "w0"}\n{"text": \n')
