@@ -191,6 +191,43 @@ def eval_tasks(
     _result(facts)
 
 
+@evaluation.command("compare")
+def eval_compare(
+    base: Annotated[Path, typer.Option(help="Folder of the dense model.")],
+    text: Annotated[Path, typer.Option(help="Plain text file to measure on.")],
+    data: Annotated[list[str] | None, typer.Option(help="Training text, the same for all methods.")] = None,
+    more_data: Annotated[list[str] | None, typer.Argument(hidden=True)] = None,
+    active_ratio: Annotated[float | None, typer.Option(help="Budget p of every method.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Training steps; default: the adapter's.")] = None,
+    adapter: Annotated[Path | None, typer.Option(help="ToMoE's adapter; without it, it is trained.")] = None,
+    method: Annotated[list[str] | None, typer.Option(help="Only this method; may be repeated.")] = None,
+    block_size: Annotated[int, typer.Option(help="Tokens per block.")] = 1024,
+    max_blocks: Annotated[int | None, typer.Option(help="Blocks to score; 0 scores all.")] = 40,
+    work: Annotated[Path | None, typer.Option(help="Folder that keeps what is trained, to resume from.")] = None,
+    out: Annotated[Path | None, typer.Option(help="JSON file for the table; must not exist yet.")] = None,
+    config: Annotated[Path | None, typer.Option(help="Run YAML for what is trained.")] = None,
+    set_: Annotated[list[str] | None, typer.Option("--set", help="Any setting, key=value; may be repeated.")] = None,
+) -> None:
+    """Perplexity of ToMoE beside its rivals: same model, data, tokens and budget."""
+    from training.compare import compare, comparison_config
+
+    sources = [*(data or []), *(more_data or [])] or None
+    flags = {"base": str(base), "data": sources, "active_ratio": active_ratio, "steps": steps}
+    run = comparison_config(config, adapter, flags, set_ or [])
+    _result(
+        compare(
+            run,
+            text,
+            adapter=adapter,
+            block_size=block_size,
+            max_blocks=max_blocks,
+            methods=method,
+            work=work,
+            out=out,
+        )
+    )
+
+
 def main() -> None:
     """Entry point: turns errors into one line and an exit code, at the process's edge."""
     try:

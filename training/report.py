@@ -27,3 +27,11 @@ def print_facts(facts: dict) -> None:
         if name != "kind":
             table.add_row(name.replace("_", " "), _text(value))
     Console(stderr=True).print(table)
+
+
+def print_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
+    """Rows of text under a title."""
+    table = Table(*columns, title=title)
+    for row in rows:
+        table.add_row(*row)
+    Console(stderr=True).print(table)
