@@ -5,7 +5,7 @@ import sys
 
 import torch
 
-from training.runtime import has_fast_bfloat16, prepare_process, tune_malloc
+from training.runtime import has_fast_bfloat16, prepare_process, training_dtype, tune_malloc
 
 
 def test_user_settings_win(monkeypatch):
@@ -26,3 +26,10 @@ def test_gpus_have_fast_bfloat16_and_cpus_by_their_units(monkeypatch):
     for units, expected in (({}, False), ({"avx2": True}, False), ({"amx_bf16": True}, True), ({"amx_bf16": 0}, False)):
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda units=units: units)
         assert has_fast_bfloat16(torch.device("cpu")) is expected
+
+
+def test_automatic_dtype_is_the_fast_one(monkeypatch):
+    for units, expected in (({}, torch.float32), ({"amx_bf16": True}, torch.bfloat16)):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda units=units: units)
+        assert training_dtype("auto", torch.device("cpu")) == expected
+        assert training_dtype("float32", torch.device("cpu")) == torch.float32

@@ -35,6 +35,13 @@ def has_fast_bfloat16(device: torch.device) -> bool:
     return any(capabilities.get(unit) for unit in ("amx_bf16", "avx512_bf16"))
 
 
+def training_dtype(name: str, device: torch.device) -> torch.dtype:
+    """Dtype of the frozen base for a run's ``dtype``: ``auto`` is bfloat16 where that is fast."""
+    if name == "auto":
+        name = "bfloat16" if has_fast_bfloat16(device) else "float32"
+    return getattr(torch, name)
+
+
 def prepare_process() -> None:
     """Settings for every ``tomoe`` command: malloc for the CPU, and no chatter from libraries."""
     tune_malloc()

@@ -34,7 +34,7 @@ from training.export import check_base, load_base_config
 from training.progress import TrainProgress
 from training.provenance import provenance
 from training.relaxation import NoiseSource
-from training.runtime import has_fast_bfloat16
+from training.runtime import training_dtype
 from training.student import Student
 from training.warm_start import warm_start
 
@@ -57,6 +57,26 @@ def train(config: RunConfig, out: Path) -> dict[str, Any]:
     return _Run(config, out).run()
 
 
+def make_scheduler(config: RunConfig, optimizer: torch.optim.Optimizer):
+    """The learning-rate schedule of a run."""
+    return get_scheduler(
+        {"constant": "constant_with_warmup"}.get(config.schedule, config.schedule),
+        optimizer,
+        num_warmup_steps=config.warmup_steps,
+        num_training_steps=config.steps,
+    )
+
+
+def check_finite(terms: dict[str, float], step: int) -> None:
+    """Raise ``FloatingPointError`` with all terms of the loss if one is not finite."""
+    if not all(map(math.isfinite, terms.values())):
+        listed = ", ".join(f"{name} {value:.4g}" for name, value in terms.items())
+        raise FloatingPointError(
+            f"the loss is not finite at step {step + 1}: {listed}. The last checkpoint is kept; lower "
+            "learning_rate, set max_grad_norm, or use dtype float32"
+        )
+
+
 class _Run:
     def __init__(self, config: RunConfig, out: Path):
         self.config, self.out, self.run_folder = config, out, out / "run"
@@ -74,10 +94,7 @@ class _Run:
         self._divide_batch()
         self._claim_folder()
         torch.manual_seed(config.seed)
-        dtype = config.dtype
-        if dtype == "auto":
-            dtype = "bfloat16" if has_fast_bfloat16(self.accelerator.device) else "float32"
-        self.dtype = getattr(torch, dtype)
+        self.dtype = training_dtype(config.dtype, self.accelerator.device)
         base = AutoModelForCausalLM.from_pretrained(self.base_folder, config=base_config, dtype=self.dtype)
         self.base = base.eval().to(self.accelerator.device)
         if config.gradient_checkpointing:
@@ -212,12 +229,7 @@ class _Run:
             summary = json.loads((self.out / ADAPTER_CONFIG).read_text())["training"]
             return {"adapter": str(self.out), "resumed_from": config.steps, **summary}
         optimizer = self._optimizer()
-        scheduler = get_scheduler(
-            {"constant": "constant_with_warmup"}.get(config.schedule, config.schedule),
-            optimizer,
-            num_warmup_steps=config.warmup_steps,
-            num_training_steps=config.steps,
-        )
+        scheduler = make_scheduler(config, optimizer)
         state = self._load_checkpoint()
         if state is None:
             self._start()
@@ -262,12 +274,7 @@ class _Run:
                 sums[name] = sums.get(name, 0.0) + value.item() / len(self.micro_batches)
         mean = self.accelerator.reduce(torch.tensor(list(sums.values()), dtype=torch.float64), "mean")
         terms = dict(zip(sums, mean.tolist(), strict=True))
-        if not all(map(math.isfinite, terms.values())):
-            listed = ", ".join(f"{name} {value:.4g}" for name, value in terms.items())
-            raise FloatingPointError(
-                f"the loss is not finite at step {step + 1}: {listed}. The last checkpoint is kept; lower "
-                "learning_rate, set max_grad_norm, or use dtype float32"
-            )
+        check_finite(terms, step)
         if config.max_grad_norm is not None:
             self.accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm)
         optimizer.step()
