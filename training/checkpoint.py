@@ -97,8 +97,13 @@ def fingerprint(folder: Path) -> str:
 
     ``sha256:`` and 64 hex digits. Reads every byte once (about 1 GB/s).
     """
+    return fingerprint_of(stored_tensors(folder))
+
+
+def fingerprint_of(tensors: dict[str, StoredTensor]) -> str:
+    """:func:`fingerprint` of some tensors."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(stored_tensors(folder).items()):
+    for name, tensor in sorted(tensors.items()):
         digest.update(f"{name}\0{tensor.dtype}\0{tensor.shape}\0".encode())
         with tensor.file.open("rb") as stream:
             stream.seek(tensor.start)
@@ -144,6 +149,7 @@ def write_tensors(tensors: dict[str, Tensor], file: Path) -> None:
         save_file(tensors, file, metadata={"format": "pt"})
     except SafetensorError as error:  # what a full disk is to it
         raise OSError(f"{file} cannot be written: {error}") from error
+    file.chmod(0o666 & ~_umask())  # safetensors makes files that their owner alone can read
 
 
 def link_or_copy(source: Path, target: Path) -> None:
