@@ -17,6 +17,7 @@ from training.checkpoint import (
     stored_tensors,
     whole_folder,
     write_json_whole,
+    write_tensors,
 )
 
 
@@ -175,6 +176,13 @@ def test_json_is_replaced_whole(tmp_path):
     write_json_whole(file, {"a": [1]})
     assert json.loads(file.read_text()) == {"a": [1]}
     assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_tensors_are_readable_like_any_new_file(tmp_path):
+    (tmp_path / "plain").write_text("")
+    write_tensors({"a": torch.arange(3)}, tmp_path / "a.safetensors")
+    assert load_file(tmp_path / "a.safetensors")["a"].tolist() == [0, 1, 2]
+    assert (tmp_path / "a.safetensors").stat().st_mode == (tmp_path / "plain").stat().st_mode
 
 
 def test_links_go_to_the_file_itself_and_copies_where_links_cannot(tmp_path, monkeypatch):

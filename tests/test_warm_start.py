@@ -6,7 +6,7 @@ import torch
 from tests.helpers.dense_models import FAMILIES
 from tests.helpers.students import random_student, settings
 from training.student import Student
-from training.warm_start import warm_start
+from training.warm_start import _cluster, warm_start
 
 
 def _fresh(folder, **fields):
@@ -41,6 +41,16 @@ def test_experts_begin_different_and_every_one_is_used(dense_folder):
     for gate in student.expert_gates:
         assert len(torch.unique(gate.clean_masks, dim=0)) == 4
         assert gate.fractions.min().item() > 0.05
+
+
+@pytest.mark.parametrize(("num_tokens", "num_clusters"), [(400, 4), (37, 8), (16, 1)])
+def test_no_cluster_takes_more_than_a_quarter_above_its_share(num_tokens, num_clusters):
+    generator = torch.Generator().manual_seed(0)
+    features = torch.rand(num_tokens, 20, generator=generator)
+    features[: num_tokens * 9 // 10, 3] += 20  # nearly all tokens excite the same neuron
+    sizes = _cluster(features, num_clusters).bincount(minlength=num_clusters)
+    assert sizes.sum() == num_tokens
+    assert sizes.max() <= -(-num_tokens // num_clusters) * 5 // 4
 
 
 def test_warm_start_leaves_the_teacher_alone(dense_folder):
