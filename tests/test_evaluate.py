@@ -73,3 +73,9 @@ def test_another_scorer_sees_the_same_blocks(dense_folder, text_file):
     assert evaluate_perplexity(dense_folder(), text_file, **options)["ppl"] == pytest.approx(7.0)
     tokens = _tokens(text_file.read_text())
     assert seen == [(dense_folder(), [tokens[:64], tokens[64:128]], "bfloat16")]
+
+
+def test_text_that_is_not_utf8_is_named(dense_folder, tmp_path):
+    (tmp_path / "text.txt").write_bytes(b"w1 \xff w2")
+    with pytest.raises(ValueError, match=r"text\.txt is not UTF-8 text"):
+        evaluate_perplexity(dense_folder(), tmp_path / "text.txt", block_size=2, max_blocks=1, dtype="float32")

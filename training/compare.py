@@ -22,7 +22,7 @@ from training.adapter import Adapter
 from training.checkpoint import write_json_whole
 from training.config import RunConfig, load_run_config
 from training.data import InterleavedBlocks, load_documents, pack
-from training.evaluate import load_model, negative_log_likelihoods, perplexity_from, text_blocks
+from training.evaluate import load_model, negative_log_likelihoods, perplexity_from, read_text, text_blocks
 from training.export import check_base, load_base_config
 from training.provenance import provenance
 from training.report import print_table
@@ -84,8 +84,7 @@ def compare(
     chosen = _chosen_methods(methods)
     base_folder = Path(config.base)
     load_base_config(base_folder)
-    if not text.is_file():
-        raise FileNotFoundError(f"no such text file: {text}")
+    content = read_text(text)
     if out is not None and out.exists():
         raise ValueError(f"{out} already exists; choose another --out or remove it")
     if block_size < 2:
@@ -95,7 +94,7 @@ def compare(
     if adapter is not None:
         check_base(Adapter.load(adapter), base_folder)
     tokenizer = AutoTokenizer.from_pretrained(base_folder)
-    test_blocks = text_blocks(tokenizer, text.read_text(encoding="utf-8"), block_size, max_blocks)
+    test_blocks = text_blocks(tokenizer, content, block_size, max_blocks)
     documents = [load_documents(source, config.text_column) for source in config.data]
     blocks = InterleavedBlocks([pack(d, tokenizer, config.sequence_length) for d in documents], config.seed)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

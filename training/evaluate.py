@@ -18,6 +18,16 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from tomoe_vllm.hf.register import register_with_transformers
 
 
+def read_text(file: Path) -> str:
+    """A plain text file. Raises ``FileNotFoundError``, or ``ValueError`` if it is not UTF-8, with its name."""
+    if not file.is_file():
+        raise FileNotFoundError(f"no such text file: {file}")
+    try:
+        return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is not UTF-8 text: {error}") from error
+
+
 def text_blocks(tokenizer, text: str, block_size: int, max_blocks: int | None) -> Tensor:
     """Token blocks of a text: [num_blocks, block_size] int64.
 
@@ -65,15 +75,14 @@ def evaluate_perplexity(
     ``score`` maps (folder, blocks, dtype) to the summed negative log-likelihood of each block; None runs
     the Hugging Face model. Every scorer sees the same blocks.
     """
-    if not text.is_file():
-        raise FileNotFoundError(f"no such text file: {text}")
+    content = read_text(text)
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"{folder} is not a model folder: it has no config.json")
     if dtype not in ("float32", "bfloat16", "float16"):
         raise ValueError(f"dtype is {dtype!r}; it must be float32, bfloat16 or float16")
     if block_size < 2:
         raise ValueError(f"block_size is {block_size}; it must be at least 2")
-    blocks = text_blocks(AutoTokenizer.from_pretrained(folder), text.read_text(), block_size, max_blocks)
+    blocks = text_blocks(AutoTokenizer.from_pretrained(folder), content, block_size, max_blocks)
     nlls = (score or score_with_transformers)(folder, blocks, dtype)
     return {
         "ppl": perplexity_from(nlls, blocks),

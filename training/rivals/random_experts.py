@@ -2,8 +2,8 @@
 
 Stands for: LLaMA-MoE (Zhu et al., arXiv 2406.16554), its best split ("Independent, random").
 Kept: a uniformly random partition of each MLP's neurons into equal experts; a linear top-k router; gate
-values are the softmax over the chosen logits, times k (their 4-of-16 model scales by 4), so that experts
-enter with weight 1 on average; a balance loss on the router.
+values are the softmax over the chosen logits, rescaled: times k, so that experts enter with weight 1 on
+average, as in the dense sum; a balance loss on the router.
 Simplified: the dense weights stay frozen and the router learns by distillation on the tokens that ToMoE
 trains on, where LLaMA-MoE trains all weights on 200 B tokens; no noise in the router; the balance loss is
 ToMoE's. In the rival's favour: experts that were not chosen get a straight-through gradient too (they are
