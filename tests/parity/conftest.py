@@ -17,15 +17,13 @@ PROMPT_LENGTHS = (1, 2, 5, 8, 13, 16, 17, 31, 32, 33, 40, 48, 55, 64, 65, 90)
 """One token alone; around the attention kernel's block of 32; 16 prompts in all."""
 
 
-@pytest.fixture(scope="package", autouse=True)
-def vllm_environment():
-    """What vLLM reads from the environment, for these tests only."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-        patch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-        patch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
-        patch.setenv("OMP_NUM_THREADS", "1")
-        yield
+ENVIRONMENT = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "OMP_NUM_THREADS": "1",
+}
+"""What vLLM reads from the environment while an engine of ours lives."""
 
 
 def make_prompts(vocab_size: int, lengths=PROMPT_LENGTHS, seed: int = 7) -> list[list[int]]:
@@ -65,13 +63,20 @@ class Engine:
         """Result of ``function(model)`` on the engine's own model."""
         return self.llm.apply_model(function)[0]
 
-    def complete(self, prompts: list[list[int]], *, prompt_logprobs: int | None = 0, **options) -> list[Completion]:
+    def complete(
+        self,
+        prompts: list[list[int]],
+        *,
+        num_tokens: int = NUM_TOKENS,
+        prompt_logprobs: int | None = 0,
+        **options,
+    ) -> list[Completion]:
         """Greedy continuation of each prompt, all in one batch; ``prompt_logprobs=None`` leaves out the prompt's."""
         from vllm import SamplingParams
 
         sampling = SamplingParams(
             temperature=0,
-            max_tokens=NUM_TOKENS,
+            max_tokens=num_tokens,
             ignore_eos=True,
             prompt_logprobs=prompt_logprobs,
             logprobs=0,
@@ -93,14 +98,17 @@ class Engine:
 def start_engine(folder: Path, **options):
     """An :class:`Engine` that is gone afterwards, whatever happened."""
     engine = None
-    try:
-        engine = Engine(folder, **options)
-        yield engine
-    finally:
-        if engine is not None:
-            engine.llm.llm_engine.engine_core.shutdown()
-        del engine
-        gc.collect()
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in ENVIRONMENT.items():
+            patch.setenv(name, value)
+        try:
+            engine = Engine(folder, **options)
+            yield engine
+        finally:
+            if engine is not None:
+                engine.llm.llm_engine.engine_core.shutdown()
+            del engine
+            gc.collect()
 
 
 @torch.no_grad()
