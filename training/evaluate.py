@@ -82,6 +82,7 @@ def evaluate_perplexity(
         raise ValueError(f"dtype is {dtype!r}; it must be float32, bfloat16 or float16")
     if block_size < 2:
         raise ValueError(f"block_size is {block_size}; it must be at least 2")
+    register_with_transformers()  # or transformers would ask whether to run the checkpoint's own code
     blocks = text_blocks(AutoTokenizer.from_pretrained(folder), content, block_size, max_blocks)
     nlls = (score or score_with_transformers)(folder, blocks, dtype)
     return {
