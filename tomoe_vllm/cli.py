@@ -127,6 +127,41 @@ def export(
 
 
 @app.command()
+def finetune(
+    model: Annotated[Path, typer.Option(help="ToMoE checkpoint.")],
+    out: Out,
+    data: Annotated[list[str] | None, typer.Option(help="Training text, as for train.")] = None,
+    more_data: Annotated[list[str] | None, typer.Argument(hidden=True)] = None,
+    text_column: Annotated[str | None, typer.Option(help="Column that holds the text.")] = None,
+    method: Annotated[str, typer.Option(help="lora (merged at the end) or full.")] = "lora",
+    rank: Annotated[int, typer.Option(help="LoRA's rank.")] = 16,
+    alpha: Annotated[int, typer.Option(help="LoRA's scale is alpha / rank.")] = 32,
+    learning_rate: Annotated[float | None, typer.Option(help="Default: 2e-4 for lora, 2e-5 for full.")] = None,
+    steps: Annotated[int, typer.Option(help="Optimiser steps.")] = 500,
+    sequence_length: Annotated[int, typer.Option(help="Tokens per sequence.")] = 512,
+    batch_size: Annotated[int, typer.Option(help="Sequences per step.")] = 2,
+    seed: Annotated[int, typer.Option(help="Seed of batches and initial weights.")] = 0,
+) -> None:
+    """Fine-tune a checkpoint's weights under its masks, and write another checkpoint."""
+    from training.finetune import FinetuneConfig
+    from training.finetune import finetune as run_finetuning
+
+    config = FinetuneConfig(
+        data=[*(data or []), *(more_data or [])],
+        text_column=text_column,
+        method=method,
+        rank=rank,
+        alpha=alpha,
+        learning_rate=learning_rate,
+        steps=steps,
+        sequence_length=sequence_length,
+        batch_size=batch_size,
+        seed=seed,
+    )
+    _result(run_finetuning(model, config, out))
+
+
+@app.command()
 def inspect(folder: Annotated[Path, typer.Argument(help="Checkpoint or adapter.")]) -> None:
     """Print what a checkpoint or an adapter holds, and what one token costs."""
     from training.inspection import inspect as inspect_folder

@@ -7,6 +7,10 @@ def _span(widths: list[int]) -> str:
     return f"{min(widths)} to {max(widths)} (mean {sum(widths) / len(widths):.0f})"
 
 
+UNCHANGED = "the dense weights are\nunchanged; routers choose, per token, which of them are used."
+"""What every exported card says, and a fine-tuned one must not."""
+
+
 def model_card(config, widths, shape: BlockShape) -> str:
     """Model card text for an adapter config, the exported widths and the block shape."""
     training = config.training
@@ -18,8 +22,7 @@ tags: [tomoe, moe, vllm]
 
 # {config.base_model_name}, {widths.active_ratio(shape):.0%} active (ToMoE)
 
-Converted from **{config.base_model_name}** by [ToMoE](https://arxiv.org/abs/2501.15316): the dense weights are
-unchanged; routers choose, per token, which of them are used.
+Converted from **{config.base_model_name}** by [ToMoE](https://arxiv.org/abs/2501.15316): {UNCHANGED}
 
 | | |
 |---|---|
@@ -43,4 +46,27 @@ vllm serve ./this-folder --trust-remote-code
 
 or, with transformers alone: `AutoModelForCausalLM.from_pretrained(".", trust_remote_code=True)` (the readable
 reference: exact, not fast). `tomoe_provenance.json` holds the resolved run config and versions.
+"""
+
+
+def fine_tuned_card(card: str, finetuning: dict) -> str:
+    """A checkpoint's card after ``tomoe finetune``: it no longer says that the weights are the base's."""
+    changed = (
+        "routers choose, per\ntoken, which of its weights are used. **The weights were then fine-tuned** under these "
+        "masks (see the end): they are no\nlonger the base's."
+    )
+    sources = ", ".join(map(str, finetuning["data"]))
+    return f"""{card.replace(UNCHANGED, changed).rstrip()}
+
+## Fine-tuned
+
+The dense weights were changed after conversion (`tomoe finetune`, {finetuning["method"]}): {finetuning["steps"]} \
+steps, {finetuning["tokens"]:,} tokens
+of {sources}; loss {finetuning["first_loss"]:.4f} to {finetuning["final_loss"]:.4f}. Masks and routers are those of \
+the conversion, byte for byte.
+
+| | |
+|---|---|
+| fingerprint of these dense weights | `{finetuning["dense_hash"]}` |
+| and before | `{finetuning["source_dense_hash"]}` |
 """

@@ -29,12 +29,16 @@ class TrainProgress:
         self.bar.stop()
 
     def update(self, step: int, terms: dict[str, float], tokens_per_s: float) -> None:
-        """Show step ``step``; without a terminal, about twenty lines in all."""
-        text = (
+        """Show step ``step`` of a training run; without a terminal, about twenty lines in all."""
+        self.show(
+            step,
             f"loss {terms['loss']:.3f} = task {terms['task']:.3f}, R_P {terms['r_p']:.3f}, R_U {terms['r_u']:.3f}, "
             f"R_L {terms['r_l']:.3f}; active {terms['active_ratio']:.3f}, union {terms['union']:.2f}; "
-            f"{tokens_per_s:.0f} tokens/s"
+            f"{tokens_per_s:.0f} tokens/s",
         )
+
+    def show(self, step: int, text: str) -> None:
+        """Show step ``step`` with any text."""
         self.bar.update(self.task, completed=step, terms=text)
         if self.is_on and not self.console.is_terminal and (step % max(1, self.steps // 20) == 0 or step == 1):
             self.console.print(f"step {step}/{self.steps}: {text}", highlight=False, soft_wrap=True)

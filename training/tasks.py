@@ -86,8 +86,8 @@ def evaluate_tasks(
             )
         seconds = time.perf_counter() - started
     scores = {_name(item): _score(results, item) for items in loaded.values() for item in items}
-    accuracies = [score.get("acc_norm", score.get("acc")) for score in scores.values()]
-    has_mean = all(accuracy is not None for accuracy in accuracies)
+    accuracies: list[Any] = [score.get("acc_norm", score.get("acc")) for score in scores.values()]
+    has_mean = None not in accuracies
     return {
         "tasks": scores,
         "mean": sum(accuracies) / len(accuracies) if has_mean else None,

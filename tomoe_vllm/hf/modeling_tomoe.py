@@ -27,6 +27,7 @@ class HeadGate(nn.Module):
     """Masks the head dims of one attention layer; a subclass says which."""
 
     is_on = True
+    _handles: tuple = ()
 
     def query_key_mask(self) -> Tensor:
         """[A], the same for every token and head."""
@@ -37,11 +38,15 @@ class HeadGate(nn.Module):
         raise NotImplementedError
 
     def attach(self, layer: nn.Module, family: Family) -> None:
-        """Put the gate on one decoder layer."""
-        layer.get_submodule(family.attention_in).register_forward_pre_hook(self._read)
-        layer.get_submodule(family.query).register_forward_hook(self._mask_query_key)
-        layer.get_submodule(family.key).register_forward_hook(self._mask_query_key)
-        layer.get_submodule(family.attention_out).register_forward_pre_hook(self._mask_value)
+        """Put the gate on one decoder layer; again where its linears were replaced (PEFT wraps them)."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = (
+            layer.get_submodule(family.attention_in).register_forward_pre_hook(self._read),
+            layer.get_submodule(family.query).register_forward_hook(self._mask_query_key),
+            layer.get_submodule(family.key).register_forward_hook(self._mask_query_key),
+            layer.get_submodule(family.attention_out).register_forward_pre_hook(self._mask_value),
+        )
 
     def _read(self, module, args):
         if self.is_on:
@@ -60,15 +65,20 @@ class ExpertGate(nn.Module):
     """Masks the neurons of one MLP that a token's expert does not keep; a subclass says which."""
 
     is_on = True
+    _handles: tuple = ()
 
     def neuron_mask(self, hidden_states: Tensor) -> Tensor:
         """[T, F] for tokens [T, D]."""
         raise NotImplementedError
 
     def attach(self, layer: nn.Module, family: Family) -> None:
-        """Put the gate on one decoder layer."""
-        layer.get_submodule(family.mlp_in).register_forward_pre_hook(self._read)
-        layer.get_submodule(family.mlp_out).register_forward_pre_hook(self._mask_neurons)
+        """Put the gate on one decoder layer; again where its linears were replaced (PEFT wraps them)."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = (
+            layer.get_submodule(family.mlp_in).register_forward_pre_hook(self._read),
+            layer.get_submodule(family.mlp_out).register_forward_pre_hook(self._mask_neurons),
+        )
 
     def _read(self, module, args):
         if self.is_on:
@@ -133,11 +143,16 @@ class ToMoEModelMixin(PreTrainedModel):
 
     def __init__(self, config):
         super().__init__(config)
-        family = family_of(config)
         for layer_idx, layer in enumerate(self.model.layers):
             layer.self_attn.head_gate = ToMoEHeadGate(config, layer_idx)
-            layer.self_attn.head_gate.attach(layer, family)
             layer.mlp.expert_gate = ToMoEExpertGate(config, layer_idx)
+        self.attach_gates()
+
+    def attach_gates(self) -> None:
+        """Put the gates on the family's linears; again where these were replaced."""
+        family = family_of(self.config)
+        for layer in self.model.layers:
+            layer.self_attn.head_gate.attach(layer, family)
             layer.mlp.expert_gate.attach(layer, family)
 
     def set_gates(self, is_on: bool) -> None:
