@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tomoe_vllm.hf.tomoe_math import BlockShape, keep_margin, top_mask
+from tomoe_vllm.hf.tomoe_math import GUMBEL_MEDIAN, KEEP_BIAS, BlockShape, keep_margin, top_mask
 
 NUM_QUANTILES = 513
 """Points of the stored value-logit distribution: K is then exact to 1/8 of a dim at head_dim 64."""
@@ -139,6 +139,29 @@ def solve_widths(
         else:
             high = middle
     return at(low)
+
+
+def anchor(layer: LayerLogits, shape: BlockShape, widths: Widths, i: int) -> LayerLogits:
+    """Shift a layer's logits so that its widths in ``widths`` are what lies above the threshold.
+
+    Each row moves by a constant, which changes no top-``width`` mask. Experts come out equally wide.
+    """
+    value = layer.value
+    if value is not None:
+        value = _anchor_rows(value, round(len(value) * widths.vo_dims[i] / shape.head_dim))
+    return LayerLogits(
+        experts=_anchor_rows(layer.experts, widths.experts[i]),
+        query_key=_anchor_rows(layer.query_key, int(choose_units(layer.query_key, widths.qk_dims[i], shape).sum())),
+        value=value,
+    )
+
+
+def _anchor_rows(logits: Tensor, width: int) -> Tensor:
+    """Shift each row so that ``width`` of its margins are positive. [..., F]."""
+    ordered = logits.sort(dim=-1, descending=True).values
+    last_kept = ordered[..., width - 1 : width]
+    threshold = (last_kept + ordered[..., width : width + 1]) / 2 if width < logits.shape[-1] else last_kept - 1
+    return logits - threshold - (KEEP_BIAS + GUMBEL_MEDIAN)
 
 
 def expert_masks(logits: Tensor, width: int) -> Tensor:

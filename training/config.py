@@ -82,8 +82,8 @@ class RunConfig(MethodSettings):
     """Start from this adapter instead."""
     self_tokens: int = 100_000
     """Tokens to sample from the dense model for the data source `self`."""
-    widths_every: int = 25
-    """Steps between two settlings of the widths when budget is exact."""
+    widths_every: int = 0
+    """Exact budget: steps between two settlings of the widths. 0 keeps those of the start (docs/log.md says why)."""
     checkpoint_every: int = 200
     log_every: int = 10
     tensorboard: bool = True
@@ -110,12 +110,14 @@ class RunConfig(MethodSettings):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(allowed)}")
         at_least_one = (
-            "num_experts", "value_router_dim", "steps", "batch_size", "widths_every", "checkpoint_every", "log_every",
+            "num_experts", "value_router_dim", "steps", "batch_size", "checkpoint_every", "log_every",
             "width_multiple", "head_dim_multiple",
         )  # fmt: skip
         for name in at_least_one:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.widths_every < 0:
+            raise ValueError(f"widths_every is {self.widths_every}; it must be 0 (never) or more")
         if self.sequence_length < 2:
             raise ValueError(f"sequence_length is {self.sequence_length}; it must be at least 2")
         if self.tau <= 0:

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from tomoe_vllm.hf.configuration_tomoe import block_shape, family_of
 from training.adapter import LayerAdapter
-from training.budget import NUM_QUANTILES, LayerLogits, Widths, solve_widths
+from training.budget import NUM_QUANTILES, LayerLogits, Widths, anchor, solve_widths
 from training.config import MethodSettings
 from training.gates import NOISE_FREE, LayerNoise, TrainedExpertGate, TrainedHeadGate
 from training.hypernetwork import Hypernetwork
@@ -53,6 +53,7 @@ class Student(nn.Module):
         # Quantiles of each layer's value logits over training tokens and dims, a running mean.
         self.register_buffer("value_quantiles", torch.zeros(num_layers, NUM_QUANTILES))
         self.widths: Widths | None = None
+        self.widths_are_frozen = False
 
     # ------------------------------------------------------------------------------------- forward
     def set_gates(self, is_on: bool) -> None:
@@ -112,14 +113,19 @@ class Student(nn.Module):
     # ---------------------------------------------------------------------------------- the result
     @torch.no_grad()
     def layer_logits(self) -> list[LayerLogits]:
-        """Noise-free mask logits of every layer. Value quantiles need :meth:`calibrate` or training first."""
+        """Noise-free mask logits of every layer. Value quantiles need :meth:`calibrate` or training first.
+
+        Once the widths are frozen the logits are shifted, each expert's by a constant, so that exactly the
+        trained widths lie above the threshold: ranks are what was trained, levels were free to drift.
+        """
         embeddings = self.hypernetwork()
         layers = []
         for i, (head, expert) in enumerate(zip(self.head_gates, self.expert_gates, strict=True)):
             query_key, value = head.static_logits(head.mean_embedding(embeddings[2 * i]))
             if self.settings.vo_mode == "dynamic":
                 value = self.value_quantiles[i]
-            layers.append(LayerLogits(experts=expert.logits(embeddings[2 * i + 1]), query_key=query_key, value=value))
+            logits = LayerLogits(experts=expert.logits(embeddings[2 * i + 1]), query_key=query_key, value=value)
+            layers.append(anchor(logits, self.shape, self.widths, i) if self.widths_are_frozen else logits)
         return layers
 
     @torch.no_grad()

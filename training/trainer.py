@@ -245,8 +245,7 @@ class _Run:
         self._trim_metrics(first_step)
         with TrainProgress(config.steps, first_step, is_on=self.is_main) as progress, self._writer() as writer:
             for step in range(first_step, config.steps):
-                if config.budget == "exact" and step % config.widths_every == 0:
-                    self.student.settle_widths()
+                self._settle_widths(step)
                 terms = self._step(model, optimizer, noise, step)
                 scheduler.step()
                 done = step + 1
@@ -260,6 +259,15 @@ class _Run:
                     self._save_checkpoint(done, elapsed, optimizer, scheduler)
         elapsed = time.perf_counter() - started
         return self._finish(terms, elapsed, first_step)
+
+    def _settle_widths(self, step: int) -> None:
+        """Where the budget is exact: widths from the start, and again every ``widths_every`` steps if not 0."""
+        config = self.config
+        if config.budget != "exact":
+            return
+        if self.student.widths is None or (config.widths_every and step % config.widths_every == 0):
+            self.student.settle_widths()
+        self.student.widths_are_frozen = not config.widths_every
 
     def _step(self, model, optimizer, noise: NoiseSource, step: int) -> dict[str, float]:
         config = self.config
