@@ -4,7 +4,16 @@ import pytest
 import torch
 
 from tomoe_vllm.hf.tomoe_math import BlockShape
-from training.budget import NUM_QUANTILES, LayerLogits, choose_units, expert_masks, round_width, solve_widths
+from training.budget import (
+    NUM_QUANTILES,
+    LayerLogits,
+    anchor,
+    choose_units,
+    expert_masks,
+    round_width,
+    solve_widths,
+    widths_at,
+)
 
 SHAPES = {
     "smollm2-135m": BlockShape(  # grouped-query attention, 9 heads
@@ -167,3 +176,17 @@ def test_odd_dims_of_pairs_are_an_error_that_says_what_to_do():
 def test_every_expert_is_filled_up_to_the_width():
     logits = torch.tensor([[5.0, 4.0, -9.0, -8.0, -7.0], [1.0, 2.0, 3.0, 4.0, 5.0]])
     assert expert_masks(logits, 3).tolist() == [[True, True, False, False, True], [False, False, True, True, True]]
+
+
+@pytest.mark.parametrize("name", ["smollm2-135m", "qwen2.5-0.5b"])
+@pytest.mark.parametrize("vo_mode", ["dynamic", "static", "none"])
+def test_anchored_logits_give_the_trained_widths_back_however_levels_drifted(name, vo_mode):
+    shape, multiples = SHAPES[name], {"width_multiple": 32, "head_dim_multiple": 8}
+    widths = solve_widths(_logits(shape, vo_mode, seed=1), shape, 0.5, **multiples)
+    drifted = _logits(shape, vo_mode, seed=2)  # other levels and spreads in every layer
+    anchored = [anchor(layer, shape, widths, i) for i, layer in enumerate(drifted)]
+    again = widths_at(anchored, shape, 0.0, **multiples)
+    assert (again.experts, again.qk_dims, again.vo_dims) == (widths.experts, widths.qk_dims, widths.vo_dims)
+    for i, (before, after) in enumerate(zip(drifted, anchored, strict=True)):
+        masks = [expert_masks(layer.experts, widths.experts[i]) for layer in (before, after)]
+        assert torch.equal(*masks)

@@ -272,3 +272,16 @@ def test_routers_stay_float32_in_a_bfloat16_model(tmp_path):
     assert set(gates.values()) == {torch.float32}
     assert model.model.layers[0].mlp.down_proj.weight.dtype == torch.bfloat16
     assert torch.isfinite(_logits(model.eval(), _tokens())).all()
+
+
+def test_checkpoint_without_a_gate_is_an_error_that_names_it(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    from tests.helpers.tiny_models import save_tiny_model
+
+    model = save_tiny_model(tmp_path, "llama")
+    tensors = load_file(tmp_path / "model.safetensors")
+    del tensors["model.layers.1.mlp.expert_gate.signature"]
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"lacks the tensor model\.layers\.1\.mlp\.expert_gate\.signature"):
+        type(model).from_pretrained(tmp_path)

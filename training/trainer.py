@@ -316,7 +316,7 @@ class _Run:
             "widths": self.student.widths,
         }
         file = self.run_folder / CHECKPOINT
-        temporary = file.with_suffix(f".tmp-{os.getpid()}")
+        temporary = file.with_suffix(".tmp")  # one name: what a killed run left half-written is overwritten
         with temporary.open("wb") as stream:
             torch.save(state, stream)
             stream.flush()

@@ -155,6 +155,17 @@ class ToMoEModelMixin(PreTrainedModel):
             layer.self_attn.head_gate.attach(layer, family)
             layer.mlp.expert_gate.attach(layer, family)
 
+    @classmethod
+    def from_pretrained(cls, folder, *args, output_loading_info=False, **kwargs):
+        """As for any model, but a checkpoint without its gates is an error: transformers would invent them."""
+        model, info = super().from_pretrained(folder, *args, output_loading_info=True, **kwargs)
+        missing = sorted(name for name in info["missing_keys"] if "_gate." in name)
+        if missing:
+            raise ValueError(
+                f"{folder} lacks the tensor {missing[0]} ({len(missing)} ToMoE tensors in all): export it again"
+            )
+        return (model, info) if output_loading_info else model
+
     def set_gates(self, is_on: bool) -> None:
         """Switch between the converted model (True) and the dense one (False)."""
         for module in self.modules():
