@@ -287,6 +287,16 @@ def test_gradient_does_not_change_the_weights_and_reaches_every_expert():
         assert (gate.router.weight.grad.abs().sum(dim=1) > 0).all()
 
 
+def test_router_learns_at_k_1_from_the_experts_it_did_not_choose():
+    gate, logits = _random_gate(top_k=1), [0.0, 2.0, 1.0, -1.0]
+    (gate.neuron_mask(torch.tensor([logits])) * torch.arange(8.0)).sum().backward()
+    values = [1 + 4, 2 + 5, 3 + 6, 0 + 7]  # of the experts' neurons under this loss; expert 1 is chosen
+    soft = [math.exp(v) / sum(map(math.exp, logits)) for v in logits]
+    others = sum(s * v for i, (s, v) in enumerate(zip(soft, values, strict=True)) if i != 1)
+    expected = [s * ((v if i != 1 else 0) - others) for i, (s, v) in enumerate(zip(soft, values, strict=True))]
+    assert_close(gate.router.weight.grad, torch.outer(torch.tensor(expected), torch.tensor(logits)) + 0.0)
+
+
 def test_random_experts_are_disjoint_equal_and_random(contest):
     game = contest(active_ratio=0.6)
     splits = [gate.expert_of_neuron for gate in split_at_random(game).experts]
