@@ -7,13 +7,15 @@ import time
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoConfig
 
 from tests.helpers.dense_models import random_text, save_dense_model
 from tests.helpers.processes import environment, python, start_python
+from tomoe_vllm.hf.configuration_tomoe import block_shape
 from training.adapter import Adapter
 from training.checkpoint import ADAPTER_CONFIG, ADAPTER_TENSORS, fingerprint
 from training.config import load_run_config
-from training.export import export_checkpoint
+from training.export import export_checkpoint, plan_widths
 from training.inspection import inspect
 from training.trainer import train
 
@@ -372,3 +374,17 @@ def test_command_line_trains_and_ends_with_one_json_line(config, run_cli, tmp_pa
 def test_tensorboard_files_are_written(config, tmp_path):
     train(config(steps=1, tensorboard=True), tmp_path / "out")
     assert list((tmp_path / "out" / "run" / "tensorboard").glob("events.*"))
+
+
+def test_widths_of_the_start_are_those_of_the_export_unless_settled_anew(config, tmp_path):
+    def widths(name, **fields):
+        run = config(learning_rate=0.05, **fields)
+        train(run, tmp_path / name)
+        adapter = Adapter.load(tmp_path / name)
+        shape = block_shape(AutoConfig.from_pretrained(run.base))
+        plan = plan_widths(adapter, shape, None, run.width_multiple, run.head_dim_multiple)
+        return plan.experts, plan.qk_dims
+
+    start = widths("one-step", steps=1, widths_every=0)
+    assert widths("frozen", steps=12, widths_every=0) == start
+    assert widths("settled", steps=12, widths_every=2) != start
