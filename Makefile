@@ -14,7 +14,7 @@ TORCH_INDEX ?=
 help:            ## this list
 	@grep -hE '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
 
-install: $(VENV)/.installed ## create .venv and install everything (1.5 to 5 minutes, 3.5 GB)
+install: $(VENV)/.installed ## create .venv and install everything (1.5 to 5 minutes, 4.2 GB)
 
 $(VENV)/.installed: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

@@ -20,6 +20,11 @@ def pytest_configure(config):
     }
 
 
+def pytest_collection_modifyitems(items):
+    """Fast tests first: those that start an engine after all others, in their own order."""
+    items.sort(key=lambda item: item.get_closest_marker("engine") is not None)
+
+
 def pytest_unconfigure(config):
     shutil.rmtree(config.hf_home, ignore_errors=True)
 
