@@ -234,7 +234,7 @@ def test_vllm_serves_what_was_fine_tuned(dense_folder, settings, text_file, tmp_
     env = environment(VLLM_CPU_OMP_THREADS_BIND="nobind", VLLM_CPU_KVCACHE_SPACE="1")
 
     def perplexity(folder, *more):
-        result = python("-m", "tomoe_vllm.cli", *arguments, folder, *more, env=env)
+        result = python("-m", "tomoe_vllm.cli", *arguments, folder, *more, env=env, timeout=900)
         assert result.returncode == 0, result.stderr[-2000:]
         return json.loads(result.stdout.splitlines()[-1])["ppl"]
 

@@ -97,7 +97,7 @@ def test_vllm_backend_scores_what_a_loop_scores(is_converted, dense_folder, tmp_
         folder = tmp_path / "out"
     arguments = ("eval", "tasks", "--model", folder, "--tasks", "next_word", "--task-folder", TASKS)
     env = environment(VLLM_CPU_OMP_THREADS_BIND="nobind", VLLM_CPU_KVCACHE_SPACE="1")
-    result = python("-m", "tomoe_vllm.cli", *arguments, "--backend", "vllm", env=env)
+    result = python("-m", "tomoe_vllm.cli", *arguments, "--backend", "vllm", env=env, timeout=900)
     assert result.returncode == 0, result.stderr[-2000:]
     score = json.loads(result.stdout.splitlines()[-1])["tasks"]["next_word"]
     assert (score["acc"], score["acc_norm"]) == pytest.approx(_accuracy_by_loop(folder))
