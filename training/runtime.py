@@ -42,13 +42,19 @@ def training_dtype(name: str, device: torch.device) -> torch.dtype:
     return getattr(torch, name)
 
 
+def hide_progress_bars() -> None:
+    """Switch off transformers' own progress bars. (TQDM_DISABLE would reach vLLM, which divides by its bar's time.)"""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+
+
 def prepare_process() -> None:
     """Settings for every ``tomoe`` command: malloc for the CPU, and no chatter from libraries."""
     tune_malloc()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("TQDM_DISABLE", "1")
     # Inherited by vLLM's worker processes, which start with their own malloc.
     os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", str(1 << 30))
     os.environ.setdefault("MALLOC_TRIM_THRESHOLD_", str((1 << 31) - 1))

@@ -125,7 +125,9 @@ class Student(nn.Module):
             if self.settings.vo_mode == "dynamic":
                 value = self.value_quantiles[i]
             logits = LayerLogits(experts=expert.logits(embeddings[2 * i + 1]), query_key=query_key, value=value)
-            layers.append(anchor(logits, self.shape, self.widths, i) if self.widths_are_frozen else logits)
+            if self.widths_are_frozen and self.widths is not None:
+                logits = anchor(logits, self.shape, self.widths, i)
+            layers.append(logits)
         return layers
 
     @torch.no_grad()

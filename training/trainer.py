@@ -34,7 +34,7 @@ from training.export import check_base, load_base_config
 from training.progress import TrainProgress
 from training.provenance import provenance
 from training.relaxation import NoiseSource
-from training.runtime import training_dtype
+from training.runtime import hide_progress_bars, training_dtype
 from training.student import Student
 from training.warm_start import warm_start
 
@@ -93,6 +93,7 @@ class _Run:
         self.is_main = self.accelerator.is_main_process
         self._divide_batch()
         self._claim_folder()
+        hide_progress_bars()
         torch.manual_seed(config.seed)
         self.dtype = training_dtype(config.dtype, self.accelerator.device)
         base = AutoModelForCausalLM.from_pretrained(self.base_folder, config=base_config, dtype=self.dtype)
