@@ -240,7 +240,8 @@ def test_vllm_serves_what_was_fine_tuned(dense_folder, settings, text_file, tmp_
 
     tuned = perplexity(tmp_path / "out")
     assert perplexity(tmp_path / "out", "--backend", "vllm") == pytest.approx(tuned, rel=1e-4)
-    assert tuned < 0.9 * perplexity(tmp_path / "checkpoint")
+    # Far more than the two backends differ by: vLLM did not serve the weights from before.
+    assert tuned < 0.99 * perplexity(tmp_path / "checkpoint")
 
 
 # ---------------------------------------------------------------------------------------------- misuse

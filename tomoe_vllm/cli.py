@@ -27,7 +27,13 @@ app.add_typer(evaluation, name="eval")
 Out = Annotated[Path, typer.Option(help="Folder to write; must not exist yet.", show_default=False)]
 
 
+_engines: list[str] = []
+"""Backends with an engine of their own that this process has run."""
+
+
 def _result(data: dict) -> None:
+    if data.get("backend") == "vllm":
+        _engines.append("vllm")
     print(json.dumps(data))
 
 
@@ -277,12 +283,25 @@ def main() -> None:
         _fail(" ".join(text.split()), 2 if format_message or isinstance(error, (ValueError, OSError)) else 1)
     if code == 130:
         _fail("interrupted", 130)
-    sys.exit(code)
+    _exit(code or 0)
 
 
 def _fail(message: str, code: int) -> None:
     if message:  # none where typer has shown the help instead
         print(f"tomoe: {message}", file=sys.stderr)
+    _exit(code)
+
+
+def _exit(code: int) -> None:
+    """End the process; at once where a command ran vLLM in it.
+
+    Its threads now and then outlive the interpreter, which then aborts ("terminate called without an active
+    exception", code -6) although the result is printed. Its engine processes end when their parent does.
+    """
+    if _engines:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
     sys.exit(code)
 
 
