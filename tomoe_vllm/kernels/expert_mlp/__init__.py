@@ -1,0 +1,1 @@
+"""The MLP of ToMoE on one copy of the weights."""
