@@ -48,7 +48,7 @@ def test_no_cluster_takes_more_than_a_quarter_above_its_share(num_tokens, num_cl
     generator = torch.Generator().manual_seed(0)
     features = torch.rand(num_tokens, 20, generator=generator)
     features[: num_tokens * 9 // 10, 3] += 20  # nearly all tokens excite the same neuron
-    sizes = _cluster(features, num_clusters).bincount(minlength=num_clusters)
+    sizes = _cluster(features, num_clusters, width=10).bincount(minlength=num_clusters)
     assert sizes.sum() == num_tokens
     assert sizes.max() <= -(-num_tokens // num_clusters) * 5 // 4
 

@@ -141,6 +141,65 @@ def solve_widths(
     return at(low)
 
 
+@dataclass(frozen=True, kw_only=True)
+class LayerWorth:
+    """What units of one layer are worth, in any unit common to all layers. [F] best first; [U]; [A] best first."""
+
+    neurons: Tensor
+    query_key: Tensor
+    value: Tensor
+
+
+def allocate_widths(
+    layers: list[LayerWorth],
+    shape: BlockShape,
+    active_ratio: float,
+    *,
+    width_multiple: int = 32,
+    head_dim_multiple: int = 8,
+    vo_mode: str = "dynamic",
+) -> Widths:
+    """Widths within ``active_ratio`` that keep most worth: one step at a time, the best worth per parameter first.
+
+    Every layer keeps at least one step of each kind. Raises ``ValueError`` where that is over the budget.
+    """
+    heads = shape.hidden_size * (shape.num_heads + shape.num_kv_heads)
+    neuron = shape.num_mlp_matrices * shape.hidden_size
+    steps: list[tuple[float, int, int, str, int]] = []  # (-worth per parameter, order, layer, kind, dims)
+    widths = {kind: [0] * len(layers) for kind in ("experts", "qk_dims", "vo_dims")}
+    left = active_ratio * shape.total_parameters * len(layers)
+    for i, layer in enumerate(layers):
+        sizes = unit_sizes(shape).to(layer.query_key)
+        pairs = (layer.query_key / sizes).repeat_interleave(sizes.long()).sort(descending=True).values
+        kinds = [("experts", layer.neurons, width_multiple, neuron), ("qk_dims", pairs, head_dim_multiple, heads)]
+        if vo_mode == "none":
+            widths["vo_dims"][i] = shape.head_dim
+            left -= shape.head_dim * heads
+        else:
+            # K of a per-token top-K is masked, not sliced: it needs no multiple.
+            kinds.append(("vo_dims", layer.value, 1 if vo_mode == "dynamic" else head_dim_multiple, heads))
+        for kind, worth, multiple, cost in kinds:
+            first, *others = worth.double().split(multiple)
+            widths[kind][i] = len(first)
+            left -= len(first) * cost
+            steps += [(-part.mean().item() / cost, n, i, kind, len(part)) for n, part in enumerate(others)]
+    if left < 0:
+        least = 1 - left / (active_ratio * shape.total_parameters * len(layers))
+        raise ValueError(
+            f"active_ratio {active_ratio} is below the narrowest model of this shape, {active_ratio * least:.3f}; "
+            "raise it, or lower --width-multiple and --head-dim-multiple"
+        )
+    is_full: set[tuple[int, str]] = set()
+    for _, _, i, kind, dims in sorted(steps):
+        cost = dims * (neuron if kind == "experts" else heads)
+        if cost > left or (i, kind) in is_full:
+            is_full.add((i, kind))  # no later, lesser step of this kind in its place
+            continue
+        widths[kind][i] += dims
+        left -= cost
+    return Widths(**widths, shift=0.0)
+
+
 def anchor(layer: LayerLogits, shape: BlockShape, widths: Widths, i: int) -> LayerLogits:
     """Shift a layer's logits so that its widths in ``widths`` are what lies above the threshold.
 

@@ -67,6 +67,8 @@ class RunConfig(MethodSettings):
     micro_batch_size: int | None = None
     """Sequences per forward pass and process; the rest is accumulated. Default: no accumulation."""
     learning_rate: float = 1e-3
+    offset_learning_rate: float | None = None
+    """Of the mask logits' offsets, where they are trained; default: learning_rate. Short runs need more."""
     weight_decay: float = 0.05
     schedule: str = "constant"
     """constant, linear or cosine (transformers' schedulers)."""
@@ -77,7 +79,7 @@ class RunConfig(MethodSettings):
     """Of the frozen base: float32, bfloat16, or auto (bfloat16 where the hardware multiplies it fast)."""
     gradient_checkpointing: bool = False
     warm_start_tokens: int = 8192
-    """Tokens of training text whose activations start routers and masks; 0 is a cold start (the paper)."""
+    """Tokens of training text whose importances start routers, masks and widths; 0 is a cold start (the paper)."""
     init_adapter: str | None = None
     """Start from this adapter instead."""
     self_tokens: int = 100_000

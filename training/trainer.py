@@ -192,8 +192,10 @@ class _Run:
         # Decay would pull the warm start's logits to the threshold; everything else decays, as published.
         free = [p for n, p in trained.items() if n.endswith("offset")]
         decayed = [p for n, p in trained.items() if not n.endswith("offset")]
-        groups = [{"params": decayed}, {"params": free, "weight_decay": 0.0}]
-        return torch.optim.AdamW(groups, lr=self.config.learning_rate, weight_decay=self.config.weight_decay)
+        config = self.config
+        rate = config.learning_rate if config.offset_learning_rate is None else config.offset_learning_rate
+        groups = [{"params": decayed}, {"params": free, "lr": rate, "weight_decay": 0.0}]
+        return torch.optim.AdamW(groups, lr=config.learning_rate, weight_decay=config.weight_decay)
 
     def _start(self) -> None:
         """Routers and masks before the first step: from an adapter, from activations, or cold."""
