@@ -7,6 +7,8 @@ from tomoe_vllm.hf.tomoe_math import BlockShape
 from training.budget import (
     NUM_QUANTILES,
     LayerLogits,
+    LayerWorth,
+    allocate_widths,
     anchor,
     choose_units,
     expert_masks,
@@ -190,3 +192,53 @@ def test_anchored_logits_give_the_trained_widths_back_however_levels_drifted(nam
     for i, (before, after) in enumerate(zip(drifted, anchored, strict=True)):
         masks = [expert_masks(layer.experts, widths.experts[i]) for layer in (before, after)]
         assert torch.equal(*masks)
+
+
+def _worth(shape, num_layers=NUM_LAYERS, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+
+    def best_first(size):
+        return torch.rand(size, generator=generator).pow(3).sort(descending=True).values
+
+    return [
+        LayerWorth(
+            neurons=best_first(shape.intermediate_size),
+            query_key=torch.rand(shape.num_units, generator=generator),
+            value=best_first(shape.head_dim),
+        )
+        for _ in range(num_layers)
+    ]
+
+
+@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("active_ratio", [0.3, 0.5, 0.7, 1.0])
+@pytest.mark.parametrize("vo_mode", ["dynamic", "static"])
+def test_allocated_widths_spend_the_budget_and_never_more(name, active_ratio, vo_mode):
+    shape = SHAPES[name]
+    widths = allocate_widths(_worth(shape), shape, active_ratio, vo_mode=vo_mode)
+    assert active_ratio - 0.01 < _ratio_by_hand(widths, shape) <= active_ratio
+    assert all(width % 32 == 0 or width == shape.intermediate_size for width in widths.experts)
+    assert all(dims % 2 == 0 for dims in widths.qk_dims)
+
+
+def test_worth_is_bought_per_parameter():
+    shape = SHAPES["smollm2-135m"]
+    poor, rich = _worth(shape, num_layers=2)
+    rich = LayerWorth(neurons=10 * poor.neurons, query_key=poor.query_key, value=poor.value)
+    widths = allocate_widths([poor, rich], shape, 0.5)
+    assert widths.experts[1] > widths.experts[0]
+    # A pair costs 13,824 parameters here and a neuron 1,728: at equal worth neurons are bought.
+    even = LayerWorth(neurons=torch.ones(1536), query_key=torch.ones(32), value=torch.zeros(64))
+    widths = allocate_widths([even], shape, 0.768)
+    assert (widths.experts, widths.qk_dims, widths.vo_dims) == ([1536], [8], [1])
+
+
+def test_allocation_below_the_narrowest_model_is_refused():
+    shape = SHAPES["smollm2-135m"]
+    with pytest.raises(ValueError, match=r"active_ratio 0.01 is below the narrowest model of this shape, 0\.0\d+"):
+        allocate_widths(_worth(shape), shape, 0.01)
+
+
+def test_allocation_without_value_pruning_pays_for_all_value_dims():
+    shape = SHAPES["phi-2"]
+    assert allocate_widths(_worth(shape), shape, 0.5, vo_mode="none").vo_dims == [80] * NUM_LAYERS
