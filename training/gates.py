@@ -64,6 +64,16 @@ class TrainedHeadGate(HeadGate):
             self.value_down = nn.Linear(shape.hidden_size, router_dim, bias=False)
         if vo_mode == "static":
             self.value_offset = nn.Parameter(torch.zeros(shape.head_dim))
+        self.keeps_query_key, self.keeps_value = False, vo_mode == "none"
+
+    def freeze(self, widths: Widths) -> None:
+        """The widths will stay: what is kept whole needs no mask from now on, and is not trained."""
+        self.keeps_query_key = widths.qk_dims[self.layer_idx] == self.shape.head_dim
+        self.keeps_value = self.vo_mode == "none" or widths.vo_dims[self.layer_idx] == self.shape.head_dim
+        for name, parameter in self.named_parameters():
+            is_idle = self.keeps_value if name.startswith("value_") else self.keeps_query_key
+            if is_idle if name.startswith(("value_", "query_key_")) else self.keeps_query_key and self.keeps_value:
+                parameter.requires_grad_(False)
 
     def mean_embedding(self, embedding: Tensor) -> Tensor:
         """Mean expert embedding [R] of this module: the value router's bias."""
@@ -79,21 +89,27 @@ class TrainedHeadGate(HeadGate):
     def begin(self, embedding: Tensor, noise: LayerNoise, widths: Widths | None) -> None:
         """Make this step's masks from embeddings [N, R]. With ``widths``, exactly that wide."""
         self._mean, self._noise, self._widths = self.mean_embedding(embedding), noise, widths
+        self.qk_width = self.vo_width = self._mean.new_tensor(float(len(self.units)))
+        self._query_key_mask = self._static_value_mask = None
+        if self.keeps_query_key and (self.keeps_value or self.vo_mode == "dynamic"):
+            return
         query_key, value = self.static_logits(self._mean)
+        if not self.keeps_query_key:
+            self._begin_query_key(query_key, noise, widths)
+        if value is not None and not self.keeps_value:
+            if widths is None:
+                self._static_value_mask = sample_mask(value, None, self.tau)
+            else:
+                self._static_value_mask = width_mask(value, widths.vo_dims[self.layer_idx], None, self.tau)
+            self.vo_width = self._static_value_mask.sum()
+
+    def _begin_query_key(self, query_key: Tensor, noise: LayerNoise, widths: Widths | None) -> None:
         if widths is None:
             units = sample_mask(query_key, noise.query_key, self.tau)
         else:
             units = self._exact_units(query_key, widths.qk_dims[self.layer_idx], noise.query_key)
         self.qk_width = (units * self.unit_sizes).sum()
         self._query_key_mask = units[self.units]
-        self.vo_width = query_key.new_tensor(float(len(self.units)))
-        self._static_value_mask = None
-        if value is not None:
-            if widths is None:
-                self._static_value_mask = sample_mask(value, None, self.tau)
-            else:
-                self._static_value_mask = width_mask(value, widths.vo_dims[self.layer_idx], None, self.tau)
-            self.vo_width = self._static_value_mask.sum()
 
     def _exact_units(self, logits: Tensor, num_dims: int, noise: Tensor | None) -> Tensor:
         """Units holding exactly ``num_dims`` dims: a width mask where all are pairs, else pairs and singles."""
@@ -104,11 +120,11 @@ class TrainedHeadGate(HeadGate):
         threshold = noisy.detach()[kept].min()
         return straight_through(kept, torch.sigmoid((noisy - threshold) / self.tau))
 
-    def query_key_mask(self) -> Tensor:
+    def query_key_mask(self) -> Tensor | None:
         return self._query_key_mask
 
     def value_mask(self, hidden_states: Tensor) -> Tensor | None:
-        if self.vo_mode == "none":
+        if self.keeps_value:
             return None
         if self.vo_mode == "static":
             return self._static_value_mask

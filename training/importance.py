@@ -75,7 +75,7 @@ def _sampled_gradient(hidden: Tensor, lm_head, generator: torch.Generator) -> Te
 
 
 class _Recorder:
-    """Hooks of one layer. Nothing is recorded without gradients: a checkpointed layer runs twice."""
+    """Hooks of one layer. All record in the backward pass: a layer under gradient checkpointing runs forward twice."""
 
     def __init__(self, units: Tensor, head_dim: int):
         self.units, self.head_dim = units, head_dim
@@ -88,10 +88,10 @@ class _Recorder:
         return [
             layer.get_submodule(family.attention_in).register_forward_pre_hook(self._keep("attention_in")),
             layer.get_submodule(family.mlp_in).register_forward_pre_hook(self._keep("mlp_in")),
-            layer.get_submodule(family.mlp_out).register_forward_pre_hook(self._on_gradient(self._see_neurons)),
-            layer.get_submodule(family.attention_out).register_forward_pre_hook(self._on_gradient(self._see_value)),
-            layer.get_submodule(family.query).register_forward_hook(self._on_gradient(self._see_query_key)),
-            layer.get_submodule(family.key).register_forward_hook(self._on_gradient(self._see_query_key)),
+            layer.get_submodule(family.mlp_out).register_forward_pre_hook(_on_gradient(self._see_neurons)),
+            layer.get_submodule(family.attention_out).register_forward_pre_hook(_on_gradient(self._see_value)),
+            layer.get_submodule(family.query).register_forward_hook(_on_gradient(self._see_query_key)),
+            layer.get_submodule(family.key).register_forward_hook(_on_gradient(self._see_query_key)),
         ]
 
     def result(self, num_tokens: int) -> LayerImportance:
@@ -100,30 +100,23 @@ class _Recorder:
         return LayerImportance(query_key=self.query_key / num_tokens, **whole)
 
     def _keep(self, name: str) -> Callable:
-        def hook(module, args):
-            if args[0].requires_grad:
-                self.parts[name].append(args[0].detach().flatten(0, -2).to("cpu", torch.bfloat16))
+        def see(values: Tensor, gradient: Tensor) -> None:
+            self.parts[name].append(values.flatten(0, -2).to("cpu", torch.bfloat16))
 
-        return hook
+        return _on_gradient(see)
 
-    def _on_gradient(self, see: Callable[[Tensor], None]) -> Callable:
-        def hook(module, args, output=None):
-            values = args[0] if output is None else output
-            if values.requires_grad:
-                detached = values.detach()
-                values.register_hook(lambda gradient: see((detached * gradient).float()))
-
-        return hook
-
-    def _see_neurons(self, derivative: Tensor) -> None:
+    def _see_neurons(self, values: Tensor, gradient: Tensor) -> None:
+        derivative = (values * gradient).float()
         self.parts["neurons"].append(derivative.square().flatten(0, -2).to("cpu", torch.bfloat16))
 
-    def _see_value(self, derivative: Tensor) -> None:
+    def _see_value(self, values: Tensor, gradient: Tensor) -> None:
+        derivative = (values * gradient).float()
         shared = derivative.unflatten(-1, (-1, self.head_dim)).sum(dim=-2)
         self.parts["value"].append(shared.square().flatten(0, -2).cpu())
 
-    def _see_query_key(self, derivative: Tensor) -> None:
+    def _see_query_key(self, values: Tensor, gradient: Tensor) -> None:
         """Q's and K's derivatives of each sequence meet here: one mask multiplies both."""
+        derivative = (values * gradient).float()
         dims = derivative.flatten(2).unflatten(-1, (-1, self.head_dim)).sum(dim=(1, 2))  # [B, S, H, A] -> [B, A]
         if self._pending is None:
             self._pending = dims
@@ -131,3 +124,15 @@ class _Recorder:
         dims, self._pending = dims + self._pending, None
         shared = dims.new_zeros(len(dims), len(self.query_key)).index_add_(1, self.units, dims)
         self.query_key += shared.square().sum(dim=0).cpu()
+
+
+def _on_gradient(see: Callable[[Tensor, Tensor], None]) -> Callable:
+    """A forward (pre-)hook that calls ``see(values, gradient)`` once the gradient of the values is there."""
+
+    def hook(module, args, output=None):
+        values = args[0] if output is None else output
+        if values.requires_grad:
+            detached = values.detach()
+            values.register_hook(lambda gradient: see(detached, gradient))
+
+    return hook

@@ -40,8 +40,8 @@ def width_mask(logits: Tensor, width: int, noise: Tensor | None, tau: float) -> 
     """
     noisy = logits if noise is None else logits + noise
     size = logits.shape[-1]
-    if width >= size:
-        return straight_through(torch.ones_like(noisy), torch.sigmoid((noisy - noisy.detach().amin()) / tau))
+    if width >= size:  # nothing to choose: the gradient is zero (and there, for DDP)
+        return straight_through(torch.ones_like(noisy), 0 * noisy)
     values = noisy.detach()
     hard = top_mask(values, width)
     kept = values.masked_fill(~hard, torch.inf).amin(dim=-1, keepdim=True)

@@ -1,5 +1,6 @@
 """How PyTorch is made to run well on this machine's CPU."""
 
+import contextlib
 import ctypes
 import os
 import sys
@@ -22,6 +23,16 @@ def tune_malloc() -> None:
         libc.mallopt(m_trim_threshold, (1 << 31) - 1)
     except (OSError, AttributeError):  # another C library has other habits
         return
+
+
+def release_memory() -> None:
+    """Give what is free back to the system: once, after a step that needed much more than all later ones.
+
+    :func:`tune_malloc` keeps freed memory otherwise, for good.
+    """
+    if sys.platform.startswith("linux"):
+        with contextlib.suppress(OSError, AttributeError):
+            ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def has_fast_bfloat16(device: torch.device) -> bool:

@@ -144,8 +144,10 @@ class Student(nn.Module):
     @torch.no_grad()
     def _update_quantiles(self, decay: float) -> None:
         if self.settings.vo_mode == "dynamic":
-            seen = _mean_across_ranks(torch.stack([head.batch_quantiles for head in self.head_gates]))
-            self.value_quantiles.mul_(decay).add_(seen, alpha=1 - decay)
+            rows = [i for i, head in enumerate(self.head_gates) if not head.keeps_value]
+            if rows:
+                seen = _mean_across_ranks(torch.stack([self.head_gates[i].batch_quantiles for i in rows]))
+                self.value_quantiles[rows] = torch.lerp(seen, self.value_quantiles[rows], decay)
 
     @torch.no_grad()
     def settle_widths(self) -> Widths:
@@ -159,6 +161,13 @@ class Student(nn.Module):
             head_dim_multiple=settings.head_dim_multiple,
         )
         return self.widths
+
+    def freeze_widths(self) -> None:
+        """Keep the widths as they are from here on."""
+        assert self.widths is not None
+        self.widths_are_frozen = True
+        for head in self.head_gates:
+            head.freeze(self.widths)
 
     @torch.no_grad()
     def layer_adapters(self) -> list[LayerAdapter]:

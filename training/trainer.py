@@ -34,7 +34,7 @@ from training.export import check_base, load_base_config
 from training.progress import TrainProgress
 from training.provenance import provenance
 from training.relaxation import NoiseSource
-from training.runtime import hide_progress_bars, training_dtype
+from training.runtime import hide_progress_bars, release_memory, training_dtype
 from training.student import Student
 from training.warm_start import warm_start
 
@@ -220,6 +220,7 @@ class _Run:
         batches = [self._on_device(torch.stack([self.blocks.block(i)])) for i in range(num_blocks)]
         if config.warm_start_tokens:
             warm_start(self.student, batches)
+            release_memory()
         self.student.calibrate(torch.cat(batches[:4]))
 
     def _on_device(self, tensor: Tensor) -> Tensor:
@@ -242,13 +243,15 @@ class _Run:
             optimizer.load_state_dict(state["optimizer"])
             scheduler.load_state_dict(state["scheduler"])
             self.student.widths, first_step, seconds = state["widths"], state["step"], state["seconds"]
+        self._settle_widths(first_step)
         model, optimizer = self.accelerator.prepare(self.student, optimizer)
         noise = NoiseSource.of(self.student, seed=config.seed)
         started = time.perf_counter() - seconds
         self._trim_metrics(first_step)
         with TrainProgress(config.steps, first_step, is_on=self.is_main) as progress, self._writer() as writer:
             for step in range(first_step, config.steps):
-                self._settle_widths(step)
+                if config.widths_every and step > first_step:
+                    self._settle_widths(step)
                 terms = self._step(model, optimizer, noise, step)
                 scheduler.step()
                 done = step + 1
@@ -270,7 +273,8 @@ class _Run:
             return
         if self.student.widths is None or (config.widths_every and step % config.widths_every == 0):
             self.student.settle_widths()
-        self.student.widths_are_frozen = not config.widths_every
+        if not config.widths_every:
+            self.student.freeze_widths()
 
     def _step(self, model, optimizer, noise: NoiseSource, step: int) -> dict[str, float]:
         config = self.config

@@ -29,8 +29,8 @@ class HeadGate(nn.Module):
     is_on = True
     _handles: tuple = ()
 
-    def query_key_mask(self) -> Tensor:
-        """[A], the same for every token and head."""
+    def query_key_mask(self) -> Tensor | None:
+        """[A], the same for every token and head; None masks nothing."""
         raise NotImplementedError
 
     def value_mask(self, hidden_states: Tensor) -> Tensor | None:
@@ -53,8 +53,8 @@ class HeadGate(nn.Module):
             self._value_mask = self.value_mask(args[0])
 
     def _mask_query_key(self, module, args, output):
-        if self.is_on:
-            return mask_heads(output, self.query_key_mask().to(output.dtype))
+        if self.is_on and (mask := self.query_key_mask()) is not None:
+            return mask_heads(output, mask.to(output.dtype))
 
     def _mask_value(self, module, args):
         if self.is_on and self._value_mask is not None:
