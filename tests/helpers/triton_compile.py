@@ -7,6 +7,7 @@ of the code under test, not a copy of them.
 import re
 import subprocess
 import tempfile
+from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -67,19 +68,30 @@ class Compiled:
     arch: int
 
     def buffers(self, *shape: int) -> set[int]:
-        """Depths of the shared-memory rings of tiles of this shape: local_alloc of DEPTH x shape x bf16."""
+        """Depths of the rings in shared memory of bf16 tiles of this shape.
+
+        Not how many steps ahead is loaded: the ring may be there and every copy awaited at once.
+        """
         tile = "x".join(map(str, shape))
-        return {
-            int(depth) for depth in re.findall(rf"local_alloc : \(\) -> !ttg\.memdesc<(\d+)x{tile}xbf16", self.ttgir)
-        }
+        pattern = rf"local_alloc : \(\) -> !ttg\.memdesc<(\d+)x{tile}xbf16"
+        return {int(depth) for depth in re.findall(pattern, self.ttgir)}
+
+    def steps_ahead(self, *shape: int) -> int:
+        """Copies of a bf16 tile of this shape that are under way before the loop starts, per copy in the loop."""
+        copy = rf"async_copy_global_to_local .*<{'x'.join(map(str, shape))}xbf16"
+        before, loop = (len(re.findall(copy, part)) for part in self.ttgir.split("scf.for", 1))
+        return before // loop
 
     @cached_property
-    def async_copies(self) -> dict[str, set[int]]:
-        """Bytes of the asynchronous copies to shared memory in the PTX."""
-        return {
-            int(size, 0)
-            for size in re.findall(r"cp\.async\.c[ag]\.shared\.global \[[^]]*\], \[[^]]*\], (0x\w+|\d+)", self.ptx)
-        }
+    def async_copies(self) -> Counter:
+        """How many asynchronous copies to shared memory the PTX has, by their bytes."""
+        pattern = r"cp\.async\.c[ag]\.shared\.global \[[^]]*\], \[[^]]*\], (0x\w+|\d+)"
+        return Counter(int(size, 0) for size in re.findall(pattern, self.ptx))
+
+    @property
+    def tensor_core(self) -> str | None:
+        """``wgmma``, ``mma`` or None, by the instruction in the PTX."""
+        return "wgmma" if "wgmma.mma_async" in self.ptx else "mma" if "mma.sync" in self.ptx else None
 
     @cached_property
     def ptxas(self) -> str:
@@ -94,15 +106,20 @@ class Compiled:
 
     @property
     def spilled_bytes(self) -> int:
+        """Stores and loads of registers that did not fit, per thread."""
         return sum(int(size) for size in re.findall(r"(\d+) bytes spill", self.ptxas))
 
     @property
     def registers(self) -> int:
-        return int(re.search(r"Used (\d+) registers", self.ptxas).group(1))
+        """Of a thread."""
+        return int(re.findall(r"Used (\d+) registers", self.ptxas)[0])
 
 
 def compile_launch(launch: Launch, arch: int) -> Compiled:
-    """Compile as Triton's launcher would on compute capability ``arch``: sizes of 1 and multiples of 16 are known."""
+    """Compile as Triton's launcher would for compute capability ``arch`` / 10.
+
+    It too compiles numbers of 1, and that a number or an address is a multiple of 16, into the kernel.
+    """
     names = launch.kernel.arg_names
     signature, constexprs, attributes = {}, dict(launch.constexprs), {}
     for i, (name, value) in enumerate(zip(names, launch.arguments, strict=False)):

@@ -87,5 +87,6 @@ def expert_activation_triton(projected: Tensor, expert_ids: Tensor, expert_masks
         IS_GATED=num_columns != num_neurons,
         BLOCK=BLOCK,
         num_warps=4,
+        enable_fp_fusion=True,
     )
     return output

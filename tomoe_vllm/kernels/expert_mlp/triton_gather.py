@@ -8,8 +8,9 @@ tensor core is padded. Two kernels and a small one:
     gather_reduce  output[t] = sum over s of partial[s, t], in the order of s: deterministic, no atomics
 
 Rows are contiguous, so a gathered row streams as 16-byte asynchronous copies. In gather_up the row numbers
-are known before the loop; in gather_down each step needs new ones, and they are loaded one step ahead: an
-index loaded in the step that uses it costs the pipeline its depth (tests/test_triton_compile.py).
+are known before the loop; in gather_down each step needs new ones, and they are loaded one step ahead and
+carried as loaded, without a cast: an index loaded in the step that uses it costs the pipeline its depth, and
+a carried cast all overlap (tests/test_triton_compile.py).
 Gives up: two tokens of one expert read it twice (the second time from L2).
 
 Shapes: T tokens, D hidden_size, F neurons, N experts, W = neuron_ids.shape[1], H = W rounded up.
@@ -82,7 +83,7 @@ def gather_up_kernel(
     rows = tl.load(neuron_ids_ptr + expert * table_width + columns, mask=columns < width, other=0).to(tl.int64)
     dims = tl.arange(0, BLOCK_K)
     x_ptr = hidden_states_ptr + token * hidden_states_stride + dims
-    gate_ptr = up_weight_ptr + rows[:, None] * hidden_size + dims[None, :]
+    gate_ptr = up_weight_ptr + rows.to(tl.int64)[:, None] * hidden_size + dims[None, :]
     up_ptr = gate_ptr + num_neurons.to(tl.int64) * hidden_size
     gate = tl.zeros((BLOCK_N, BLOCK_K), dtype=tl.float32)
     up = tl.zeros((BLOCK_N, BLOCK_K), dtype=tl.float32)
@@ -143,17 +144,17 @@ def gather_down_kernel(
     values_ptr = hidden_ptr + token * hidden_stride + columns
     weight_ptr = down_weight_ptr + dims[None, :]
     acc = tl.zeros((BLOCK_K, BLOCK_N), dtype=tl.float32)
-    rows = tl.load(table_ptr + start, mask=columns < end - start, other=0).to(tl.int64)
-    values = tl.load(values_ptr + start, mask=columns < end - start, other=0.0).to(tl.float32)
+    rows = tl.load(table_ptr + start, mask=columns < end - start, other=0)
+    values = tl.load(values_ptr + start, mask=columns < end - start, other=0.0)
     for k in tl.range(start, end, BLOCK_K, num_stages=STAGES):
         if IS_EVEN:
-            weight = tl.load(weight_ptr + rows[:, None] * hidden_size)
+            weight = tl.load(weight_ptr + rows.to(tl.int64)[:, None] * hidden_size)
         else:
-            weight = tl.load(weight_ptr + rows[:, None] * hidden_size, mask=is_dim[None, :], other=0.0)
-        acc += weight.to(tl.float32) * values[:, None]
+            weight = tl.load(weight_ptr + rows.to(tl.int64)[:, None] * hidden_size, mask=is_dim[None, :], other=0.0)
+        acc += weight.to(tl.float32) * values.to(tl.float32)[:, None]
         is_next = columns < end - k - BLOCK_K
-        rows = tl.load(table_ptr + k + BLOCK_K, mask=is_next, other=0).to(tl.int64)
-        values = tl.load(values_ptr + k + BLOCK_K, mask=is_next, other=0.0).to(tl.float32)
+        rows = tl.load(table_ptr + k + BLOCK_K, mask=is_next, other=0)
+        values = tl.load(values_ptr + k + BLOCK_K, mask=is_next, other=0.0)
     output_ptr = partial_ptr + (split * tl.num_programs(0) + token) * hidden_size + dims
     tl.store(output_ptr, tl.sum(acc, axis=0), mask=is_dim)
 
@@ -247,6 +248,12 @@ def expert_mlp_gather(
     )
     output = hidden_states.new_empty((num_tokens, hidden_size))
     gather_reduce_kernel[(triton.cdiv(output.numel(), config.reduce_block),)](
-        partial, output, output.numel(), SPLIT_K=config.split_k, BLOCK=config.reduce_block, num_warps=4
+        partial,
+        output,
+        output.numel(),
+        SPLIT_K=config.split_k,
+        BLOCK=config.reduce_block,
+        num_warps=4,
+        enable_fp_fusion=True,
     )
     return output

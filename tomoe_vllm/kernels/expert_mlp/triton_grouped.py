@@ -160,7 +160,7 @@ def grouped_up_kernel(
     rows = tl.load(neuron_ids_ptr + expert * table_width + columns, mask=columns < width, other=0).to(tl.int64)
     dims = tl.arange(0, BLOCK_K)
     x_ptr = hidden_states_ptr + token_rows[:, None] * hidden_states_stride + dims[None, :]
-    gate_ptr = up_weight_ptr + rows[:, None] * hidden_size + dims[None, :]
+    gate_ptr = up_weight_ptr + rows.to(tl.int64)[:, None] * hidden_size + dims[None, :]
     up_ptr = gate_ptr + num_neurons.to(tl.int64) * hidden_size
     gate = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     up = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
@@ -213,7 +213,8 @@ def grouped_down_kernel(
     """Grid (most blocks * ceil(D / BLOCK_N),): BLOCK_M slots of one expert, BLOCK_N output dims.
 
     Blocks go fastest: all experts walk the neurons of one window of output dims together. Row numbers are
-    loaded one step before the rows: as a loop-carried value they leave the pipeline its depth.
+    loaded one step before the rows. What the loop carries must be the loaded value itself: with the cast to
+    int64 before it Triton 3.9 allocates every buffer of the pipeline and overlaps nothing.
     """
     num_blocks = tl.load(num_blocks_ptr)
     block = tl.program_id(0) % num_blocks
@@ -232,15 +233,15 @@ def grouped_down_kernel(
     table_ptr = neuron_ids_ptr + expert * table_width + columns
     weight_ptr = down_weight_ptr + dims[None, :]
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    rows = tl.load(table_ptr, mask=columns < width, other=0).to(tl.int64)
+    rows = tl.load(table_ptr, mask=columns < width, other=0)
     for k in tl.range(0, width, BLOCK_K, num_stages=STAGES):
         values = tl.load(values_ptr + k)
         if IS_EVEN:
-            weight = tl.load(weight_ptr + rows[:, None] * hidden_size)
+            weight = tl.load(weight_ptr + rows.to(tl.int64)[:, None] * hidden_size)
         else:
-            weight = tl.load(weight_ptr + rows[:, None] * hidden_size, mask=is_dim[None, :], other=0.0)
+            weight = tl.load(weight_ptr + rows.to(tl.int64)[:, None] * hidden_size, mask=is_dim[None, :], other=0.0)
         acc = tl.dot(values, weight, acc, input_precision="ieee")
-        rows = tl.load(table_ptr + k + BLOCK_K, mask=columns < width - k - BLOCK_K, other=0).to(tl.int64)
+        rows = tl.load(table_ptr + k + BLOCK_K, mask=columns < width - k - BLOCK_K, other=0)
     out_ptr = output_ptr + token_rows[:, None] * hidden_size + dims[None, :]
     tl.store(out_ptr, acc.to(output_ptr.dtype.element_ty), mask=is_token[:, None] & is_dim[None, :])
 
@@ -269,6 +270,7 @@ def group_tokens(expert_ids: Tensor, num_experts: int, block_m: int) -> tuple[Te
         BLOCK_M=block_m,
         BLOCK=512,
         num_warps=4,
+        enable_fp_fusion=True,
     )
     return slots, block_experts, num_blocks
 
@@ -349,5 +351,6 @@ def expert_mlp_grouped(
         BLOCK_K=config.down_block_k,
         STAGES=config.down_stages,
         num_warps=config.down_warps,
+        enable_fp_fusion=True,
     )
     return output
