@@ -13,7 +13,7 @@ triton = pytest.importorskip("triton", reason="Triton is in the dev extra")
 
 import triton.language as tl  # noqa: E402
 
-from tests.helpers.triton_compile import Compiled, Launch, compile_launch, recorded_launches  # noqa: E402
+from tests.helpers.triton_compile import Compiled, Launch, compile_launch, recorded_launches, specialization  # noqa: E402
 from tomoe_vllm.kernels.expert_activation.triton import expert_activation_triton  # noqa: E402
 from tomoe_vllm.kernels.expert_mlp.triton_gather import GatherConfig, expert_mlp_gather  # noqa: E402
 from tomoe_vllm.kernels.expert_mlp.triton_grouped import expert_mlp_grouped, grouped_config  # noqa: E402
@@ -208,6 +208,13 @@ def test_way_of_loading_row_numbers_decides_the_depth(way, expected, arch):
     options = {"num_warps": 4, "enable_fp_fusion": True}
     kernel = compile_launch(Launch(indexed_loop_kernel, (1,), arguments, tiles, options), arch)
     assert kernel.steps_ahead(64, 128) == expected
+
+
+@pytest.mark.parametrize(("path", "counts"), [("gather", (1, 2, 3)), ("grouped", (513, 1024, 4097))])
+def test_one_binary_serves_every_number_of_tokens(path, counts):
+    """Or a server would compile in the middle of its work, or while it captures a graph."""
+    first, *others = ({n: specialization(k) for n, k in record(path, "7b", m, 80).items()} for m in counts)
+    assert all(other == first for other in others)
 
 
 def test_spills_are_seen():

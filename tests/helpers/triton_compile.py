@@ -115,22 +115,29 @@ class Compiled:
         return int(re.findall(r"Used (\d+) registers", self.ptxas)[0])
 
 
-def compile_launch(launch: Launch, arch: int) -> Compiled:
-    """Compile as Triton's launcher would for compute capability ``arch`` / 10.
+def specialization(launch: Launch) -> tuple[dict, dict, dict]:
+    """Signature, constants and attributes of the binary that Triton's launcher would use for these arguments.
 
-    It too compiles numbers of 1, and that a number or an address is a multiple of 16, into the kernel.
+    Numbers of 1, and that a number or an address is a multiple of 16, are compiled into it, but not for
+    arguments marked do_not_specialize.
     """
     names = launch.kernel.arg_names
-    signature, constexprs, attributes = {}, dict(launch.constexprs), {}
-    for i, (name, value) in enumerate(zip(names, launch.arguments, strict=False)):
-        if value is None or (isinstance(value, int) and value == 1):
-            constexprs[name] = value
+    signature, constants, attributes = {}, dict(launch.constexprs), {}
+    for i, (parameter, value) in enumerate(zip(launch.kernel.params, launch.arguments, strict=False)):
+        name, is_special = parameter.name, not parameter.do_not_specialize
+        if value is None or (isinstance(value, int) and value == 1 and is_special):
+            constants[name] = value
             continue
         is_tensor = isinstance(value, torch.Tensor)
         signature[name] = f"*{TYPES[value.dtype]}" if is_tensor else "i32"
-        if is_tensor or value % 16 == 0:
+        if is_special and (is_tensor or value % 16 == 0):
             attributes[(i,)] = [["tt.divisibility", 16]]
-    signature |= dict.fromkeys(constexprs, "constexpr")
-    source = ASTSource(launch.kernel, {n: signature[n] for n in names}, constexprs, attributes)
+    signature |= dict.fromkeys(constants, "constexpr")
+    return {name: signature[name] for name in names}, constants, attributes
+
+
+def compile_launch(launch: Launch, arch: int) -> Compiled:
+    """Compile for compute capability ``arch`` / 10."""
+    source = ASTSource(launch.kernel, *specialization(launch))
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=launch.options)
     return Compiled(compiled.asm["ttgir"], compiled.asm["ptx"], compiled.metadata.shared, arch)

@@ -10,8 +10,9 @@ comes from memory once and is met in L2 by the other experts. In natural order t
 nearly the same neurons.
 
 Everything has its upper-bound size: slots M + N * (BLOCK_M - 1), grids likewise; what is not needed ends at
-once on a number read on the device. No host sync, no shape that depends on data, no autotuning: it captures
-into a CUDA graph. Gives up: padding of up to BLOCK_M - 1 rows per expert.
+once on a number read on the device. No host sync, no shape that depends on data, no autotuning, one binary of a
+config for every number of tokens: it captures into a CUDA graph. Gives up: padding of up to BLOCK_M - 1 rows
+per expert.
 
 Shapes: M tokens (T in the docstring of the op), D hidden_size, F neurons, N experts, W = neuron_ids.shape[1],
 H = W rounded up to BLOCK_N.
@@ -72,7 +73,7 @@ def grouped_config(num_tokens: int, num_experts: int, capability: tuple[int, int
     return GroupedConfig(block_m=128, up_block_n=128 if capability == (9, 0) else 64, **stages)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def group_tokens_kernel(
     expert_ids_ptr,  # [M] int32 or int64
     slots_ptr,  # out [at most M + N * BLOCK_M] int32: token of each slot, M where the slot is padding
@@ -116,7 +117,7 @@ def group_tokens_kernel(
         slot += tl.sum(is_own, axis=0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def grouped_up_kernel(
     hidden_states_ptr,  # [M, D] float, rows hidden_states_stride apart
     up_weight_ptr,  # [2F, D] gate rows first, or [F, D]; contiguous, dtype of hidden_states
@@ -190,7 +191,7 @@ def grouped_up_kernel(
     tl.store(output_ptr, hidden.to(hidden_ptr.dtype.element_ty), mask=is_token[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def grouped_down_kernel(
     hidden_ptr,  # [M, H] float, of grouped_up
     down_weight_ptr,  # [F, D] contiguous, dtype of hidden
