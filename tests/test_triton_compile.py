@@ -210,6 +210,15 @@ def test_way_of_loading_row_numbers_decides_the_depth(way, expected, arch):
     assert kernel.steps_ahead(64, 128) == expected
 
 
+@pytest.mark.parametrize("path", ["gather", "activation", "grouped"])
+def test_launching_reads_nothing_from_the_device(path):
+    """No host sync, no shape that depends on data: on meta tensors either would raise."""
+    launches = record(path, "7b", 300, 80)
+    assert launches
+    with pytest.raises(RuntimeError, match="meta"):
+        next(iter(launches.values())).arguments[1].flatten()[0].item()
+
+
 @pytest.mark.parametrize(("path", "counts"), [("gather", (1, 2, 3)), ("grouped", (513, 1024, 4097))])
 def test_one_binary_serves_every_number_of_tokens(path, counts):
     """Or a server would compile in the middle of its work, or while it captures a graph."""
