@@ -178,6 +178,19 @@ def inspect(folder: Annotated[Path, typer.Argument(help="Checkpoint or adapter."
     _result(facts)
 
 
+@app.command()
+def doctor(
+    model: Annotated[Path | None, typer.Option(help="Check at this model's size; default LLaMA-2 7B.")] = None,
+    interpret: Annotated[bool, typer.Option("--interpret", help="Without a GPU: tiny sizes, values only.")] = False,
+) -> None:
+    """Check the GPU kernels against their references on this machine, and time them. Exits 1 without a GPU."""
+    from tomoe_vllm.doctor import main as run_doctor
+
+    facts, code = run_doctor(model, interpret)
+    _result(facts)
+    raise typer.Exit(code)
+
+
 @evaluation.command("ppl")
 def eval_ppl(
     model: Annotated[Path, typer.Option(help="Dense model or checkpoint.")],
