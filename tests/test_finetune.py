@@ -229,7 +229,7 @@ def test_vllm_serves_what_was_fine_tuned(dense_folder, settings, text_file, tmp_
     base = dense_folder(hidden_size=128)  # head_dim 32: what vLLM's CPU attention takes
     save_untrained_adapter(tmp_path / "adapter", base)
     export_checkpoint(base, tmp_path / "adapter", tmp_path / "checkpoint", **TINY)
-    finetune(tmp_path / "checkpoint", settings(steps=20), tmp_path / "out")
+    finetune(tmp_path / "checkpoint", settings(steps=40, learning_rate=1e-2), tmp_path / "out")
     arguments = ("eval", "ppl", "--text", text_file, "--block-size", 64, "--max-blocks", 4, "--model")
     env = environment(VLLM_CPU_OMP_THREADS_BIND="nobind", VLLM_CPU_KVCACHE_SPACE="1")
 
@@ -241,7 +241,7 @@ def test_vllm_serves_what_was_fine_tuned(dense_folder, settings, text_file, tmp_
     tuned = perplexity(tmp_path / "out")
     assert perplexity(tmp_path / "out", "--backend", "vllm") == pytest.approx(tuned, rel=1e-4)
     # Far more than the two backends differ by: vLLM did not serve the weights from before.
-    assert tuned < 0.99 * perplexity(tmp_path / "checkpoint")
+    assert tuned < 0.9 * perplexity(tmp_path / "checkpoint")
 
 
 # ---------------------------------------------------------------------------------------------- misuse
