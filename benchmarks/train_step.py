@@ -1,7 +1,8 @@
 """What does a training step cost, against the least it could? Run: python benchmarks/train_step.py --base DIR
 
 The least is two dense forwards (teacher, student) and one backward through frozen weights, lm_head included,
-on the same batch. Interleaved, medians; the last line is JSON.
+on the same batch. The student is warm-started on that batch, as a run's is: what a layer keeps whole is not masked.
+Interleaved, medians; the last line is JSON.
 """
 
 import argparse
@@ -20,6 +21,7 @@ from training.losses import distillation_loss
 from training.relaxation import NoiseSource
 from training.runtime import has_fast_bfloat16, tune_malloc
 from training.student import Student
+from training.warm_start import warm_start
 
 
 def dense_step(student: Student, ids: torch.Tensor) -> None:
@@ -56,8 +58,9 @@ def main() -> None:
     optimizer = torch.optim.AdamW([p for p in student.parameters() if p.requires_grad])
     noise = NoiseSource.of(student, seed=0)
     ids = torch.randint(3, base.config.vocab_size, (arguments.batch_size, arguments.sequence_length))
+    warm_start(student, [ids])
     student.calibrate(ids)
-    student.settle_widths()
+    student.freeze_widths()
     seconds: dict[str, list[float]] = {"dense": [], "tomoe": []}
     for round_ in range(arguments.rounds + 1):
         for name, step in (
