@@ -93,7 +93,8 @@ def _compile(cxx: str, flags: list[str], sources: list[Path], library: Path) -> 
 def load() -> bool:
     """Make the C++ versions of our ops those that run on CPU tensors. Whether it worked; warns once if not."""
     import tomoe_vllm.kernels.expert_mlp
-    import tomoe_vllm.kernels.route  # noqa: F401  (they define the ops that the library implements)
+    import tomoe_vllm.kernels.route
+    import tomoe_vllm.kernels.value_mask  # noqa: F401  (they define the ops that the library implements)
 
     try:
         torch.ops.load_library(build())

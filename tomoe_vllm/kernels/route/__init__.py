@@ -11,7 +11,7 @@ _LIBRARY.define("route(Tensor hidden_states, Tensor router_weight) -> Tensor")
 
 
 def _route(hidden_states: Tensor, router_weight: Tensor) -> Tensor:
-    return argmax_route(F.linear(hidden_states.float(), router_weight))
+    return argmax_route(F.linear(hidden_states, router_weight))
 
 
 _LIBRARY.impl("route", _route, "CompositeExplicitAutograd")
@@ -25,7 +25,6 @@ def _fake(hidden_states: Tensor, router_weight: Tensor) -> Tensor:
 def route(hidden_states: Tensor, router_weight: Tensor) -> Tensor:
     """Argmax of the router's float32 logits (eq. 3).
 
-    ``hidden_states``: [T, D], any float dtype (on CPU with the C++ kernels: float32); ``router_weight``: [N, D]
-    float32. Returns [T] int64.
+    ``hidden_states``: [T, D], any float dtype; ``router_weight``: [N, D] float32. Returns [T] int64.
     """
-    return torch.ops.tomoe.route(hidden_states, router_weight)
+    return torch.ops.tomoe.route(hidden_states.float(), router_weight)
