@@ -193,6 +193,20 @@ def bench(
     _result(facts | {"backend": "vllm"})
 
 
+@app.command()
+def tune(
+    out: Annotated[
+        Path, typer.Option(help="Folder for this device's table; TOMOE_TUNED_CONFIG_FOLDER names it later.")
+    ],
+    shape: Annotated[str, typer.Option(help="Shape to measure: 135m, 1b or 7b-layer.")] = "1b",
+) -> None:
+    """Measure on this CPU where the expert MLP should change its way through the weights."""
+    from tomoe_vllm.bench.shapes import shape_of
+    from tomoe_vllm.bench.tune import tune as run_tuning
+
+    _result(run_tuning(shape_of(shape), out) | {"backend": "vllm"})
+
+
 @evaluation.command("ppl")
 def eval_ppl(
     model: Annotated[Path, typer.Option(help="Dense model or checkpoint.")],

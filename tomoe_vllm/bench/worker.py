@@ -43,7 +43,7 @@ class Worker:
             skip_tokenizer_init=True,
             max_model_len=1536,
             max_num_seqs=64,
-            max_num_batched_tokens=2048,
+            max_num_batched_tokens=1024,
             enable_prefix_caching=False,
             disable_log_stats=True,
             async_scheduling=False,

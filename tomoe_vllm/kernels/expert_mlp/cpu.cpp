@@ -262,10 +262,24 @@ void down_streamed(const Problem& p, const Sorted& sorted, const float* h, int64
   }
 }
 
+// Rows of the next block, to be asked for while this one is computed with: a copy alone would wait for memory.
+struct Ahead {
+  const float* row;   // first row of the next block, from column ``begin``
+  int64_t rows, columns, stride;  // left of it; floats
+  int64_t column = 0;
+
+  inline void step() {
+    if (rows <= 0) return;
+    __builtin_prefetch(row + column, 0, 2);
+    column += 16;
+    if (column >= columns) column = 0, row += stride, --rows;
+  }
+};
+
 // Many tokens: T tokens by V vectors of columns, over the rows of one expert in one packed block.
 template <int T, int V>
 void axpy_tile(const float* packed, const int32_t* ids, int64_t count, int64_t first_neuron, const float* const* h,
-               float* const* y, int64_t columns, bool is_first) {
+               float* const* y, int64_t columns, bool is_first, Ahead& ahead) {
   Vec sums[T][V];
 #pragma GCC unroll 8
   for (int t = 0; t < T; ++t)
@@ -276,6 +290,7 @@ void axpy_tile(const float* packed, const int32_t* ids, int64_t count, int64_t f
     }
   for (int64_t i = 0; i < count; ++i) {
     const float* row = packed + (ids[i] - first_neuron) * kChunk;
+    ahead.step();
     Vec weights[V];
 #pragma GCC unroll 8
     for (int v = 0; v < V; ++v) weights[v] = load(row + v * kWidth);
@@ -297,7 +312,7 @@ void axpy_tile(const float* packed, const int32_t* ids, int64_t count, int64_t f
 }
 
 using AxpyTile = void (*)(const float*, const int32_t*, int64_t, int64_t, const float* const*, float* const*, int64_t,
-                          bool);
+                          bool, Ahead&);
 
 template <int T = kAxpyTokens, int V = kChunkVecs>
 AxpyTile axpy_tile_of(int tokens, int vecs) {
@@ -328,6 +343,7 @@ void down_packed(const Problem& p, const Sorted& sorted, const float* h, int64_t
   for (int64_t n = 0; n < p.neurons; n += block) {
     const int64_t last = std::min(n + block, p.neurons);
     pack_block(p, n, last, begin, end, packed);
+    Ahead ahead{p.down + last * p.depth + begin, std::min(block, p.neurons - last), end - begin, p.depth};
     const float* chunk = packed;
     for (int64_t d = begin; d < end; d += kChunk, chunk += (last - n) * kChunk) {
       const int64_t columns = std::min<int64_t>(kChunk, end - d);
@@ -344,7 +360,8 @@ void down_packed(const Problem& p, const Sorted& sorted, const float* h, int64_t
             hidden[j] = h + (group.first + t + j) * sorted.max_width + rows.begin;
             y[j] = p.out + sorted.order[group.first + t + j] * p.depth + d;
           }
-          axpy_tile_of(tokens, vecs)(chunk, ids, rows.end - rows.begin, n, hidden, y, columns, rows.begin == 0);
+          axpy_tile_of(tokens, vecs)(chunk, ids, rows.end - rows.begin, n, hidden, y, columns, rows.begin == 0,
+                                         ahead);
         }
       }
     }
