@@ -47,7 +47,7 @@ struct Problem {
   int rows_per_neuron;      // 2 with a gate
   Activation activation;
   const float* masks;       // [N, F], ones and zeros
-  int64_t group_tokens;     // experts are merged until a group has so many tokens
+  int64_t group_tokens;     // where phase 2 streams, experts are merged until a group has so many tokens
   int64_t streamed_tokens;  // up to so many tokens phase 2 streams rows, above it packs blocks
 };
 
@@ -457,7 +457,7 @@ Tensor expert_mlp(Tensor hidden_states, Tensor expert_ids, Tensor up_weight, std
   p.rows_per_neuron = static_cast<int>(up_weight.size(0) / p.neurons);
   p.activation = activation_of(activation);
   p.masks = static_cast<const float*>(expert_masks.data_ptr());
-  p.group_tokens = group_tokens;
+  p.group_tokens = tokens <= streamed_tokens ? group_tokens : 1;  // merging saves traffic, and costs operations
   p.streamed_tokens = streamed_tokens;
   const int threads = static_cast<int>(torch::stable::get_num_threads());
   const auto* ids = static_cast<const int64_t*>(expert_ids.data_ptr());

@@ -20,8 +20,9 @@ FOLDER_VARIABLE = "TOMOE_TUNED_CONFIG_FOLDER"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Thresholds:
-    """``group_tokens``: experts of fewer tokens are computed together, on the union of their neurons.
-    ``streamed_tokens``: up to so many tokens W_down's rows are streamed, above it they are packed into blocks.
+    """``streamed_tokens``: up to so many tokens W_down's rows are streamed, above it they are packed into blocks.
+    ``group_tokens``: where they are streamed, experts of fewer tokens are computed together, on the union of their
+    neurons, so that no row is read twice.
     """
 
     group_tokens: int
