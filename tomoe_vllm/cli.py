@@ -191,6 +191,35 @@ def doctor(
     raise typer.Exit(code)
 
 
+@app.command()
+def bench(
+    only: Annotated[list[str] | None, typer.Option(help="op, decode, prefill or memory; may be repeated.")] = None,
+    shape: Annotated[str, typer.Option(help="Random model: 135m, 1b or 7b-layer.")] = "1b",
+    model: Annotated[Path | None, typer.Option(help="Dense folder to measure instead of a random model.")] = None,
+    tomoe: Annotated[Path | None, typer.Option(help="Its ToMoE checkpoint; default: random gates, p = 0.5.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for bench.json and bench.png; must not exist yet.")] = None,
+) -> None:
+    """Measure dense and ToMoE side by side on this machine (CPU, float32), with its limit beside them."""
+    from tomoe_vllm.bench.run import bench as run_bench
+
+    facts = run_bench(only, shape, model, tomoe, out)
+    _result(facts | {"backend": "vllm"})
+
+
+@app.command()
+def tune(
+    out: Annotated[
+        Path, typer.Option(help="Folder for this device's table; TOMOE_TUNED_CONFIG_FOLDER names it later.")
+    ],
+    shape: Annotated[str, typer.Option(help="Shape to measure: 135m, 1b or 7b-layer.")] = "1b",
+) -> None:
+    """Measure on this CPU where the expert MLP should change its way through the weights."""
+    from tomoe_vllm.bench.shapes import shape_of
+    from tomoe_vllm.bench.tune import tune as run_tuning
+
+    _result(run_tuning(shape_of(shape), out) | {"backend": "vllm"})
+
+
 @evaluation.command("ppl")
 def eval_ppl(
     model: Annotated[Path, typer.Option(help="Dense model or checkpoint.")],

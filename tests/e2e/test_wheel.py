@@ -96,6 +96,21 @@ def test_wheel_has_no_source_tree_behind_it(environment, tmp_path):
     assert all("site-packages" in line for line in result.stdout.splitlines())
 
 
+def test_wheel_compiles_its_kernels(environment, tmp_path):
+    if shutil.which("g++") is None:
+        pytest.skip("no C++ compiler")
+    code = "from tomoe_vllm.kernels import native; print(native.load(), native.build())"
+    result = subprocess.run(
+        [environment / "python", "-c", code],
+        cwd=tmp_path,
+        env={"PATH": os.environ["PATH"], "TOMOE_CACHE_ROOT": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert result.stdout.startswith(f"True {tmp_path}"), result.stderr
+
+
 def test_command_of_the_wheel_prints_its_version(environment, tmp_path):
     result = subprocess.run(
         [environment / "tomoe", "--version"], cwd=tmp_path, env={"PATH": ""}, capture_output=True, text=True, check=True

@@ -1,6 +1,7 @@
 """The attention of ToMoE in its exact masked form: masks on q, k and on the attention output.
 
-Pruned Q/K dims are multiplied by zero (a RoPE pair shares its mask, so doing it before RoPE is the same), and
+Pruned Q/K dims are zero (a RoPE pair shares its mask, so doing it before RoPE is the same): their rows of W_q and W_k
+are zeroed once the weights are loaded, or, where that is not exact, q and k are multiplied by the mask. And
 each token's own value mask multiplies the attention output (eq. 4 read literally), so the KV cache, every
 attention backend and prefix caching stay as they are. The scale is that of the unpruned head. What it gives
 up: no FLOP and no cache byte is saved here.
@@ -9,7 +10,7 @@ up: no FLOP and no cache byte is saved here.
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
-from vllm.config import CacheConfig
+from vllm.config import CacheConfig, get_current_vllm_config
 from vllm.distributed import get_tensor_model_parallel_world_size
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.layernorm import RMSNorm
@@ -19,7 +20,8 @@ from vllm.model_executor.layers.rotary_embedding import get_rope
 from vllm.model_executor.utils import set_weight_attrs
 
 from tomoe_vllm.hf.configuration_tomoe import block_shape, family_of
-from tomoe_vllm.hf.tomoe_math import mask_heads, top_mask, value_logits
+from tomoe_vllm.hf.tomoe_math import mask_heads
+from tomoe_vllm.kernels.value_mask import mask_values
 
 
 class ToMoEHeadGate(nn.Module):
@@ -66,19 +68,31 @@ class ToMoEHeadGate(nn.Module):
         self.register_parameter(name, parameter)
         self.register_buffer(mask_name, torch.ones(head_dim), persistent=False)
 
+    def fold_query_key(self, weight: Tensor, bias: Tensor | None, num_rows: int) -> None:
+        """Zero the rows of pruned dims among the first ``num_rows`` (q and k), so that nothing is left to mask.
+
+        ``weight``: [rows, D]; ``bias``: [rows] or None. The same as multiplying q and k by the mask.
+        """
+        for rows in (weight, bias):
+            if rows is not None:
+                heads = rows[:num_rows].unflatten(0, (-1, len(self.query_key_mask)))
+                heads[:, self.query_key_mask == 0] = 0
+        self._keeps_all["query_key_dims"] = True
+
     def mask_query_key(self, heads: Tensor) -> Tensor:
         """Zero the pruned dims of every head: [T, H * A] -> the same."""
         return heads if self._keeps_all["query_key_dims"] else mask_heads(heads, self.query_key_mask)
 
-    def value_mask(self, hidden_states: Tensor) -> Tensor | None:
-        """[T, D] -> [T, A] or [A] in the dtype of ``hidden_states``; None masks nothing."""
+    def mask_value(self, attention: Tensor, hidden_states: Tensor) -> Tensor:
+        """Zero what each token's value mask drops: attention [T, H * A], hidden states [T, D] -> [T, H * A]."""
         if self.vo_mode == "none" or self._keeps_all["value_dims"]:
-            return None
+            return attention
         if self.vo_mode == "static":
-            return self.static_value_mask
+            return mask_heads(attention, self.static_value_mask)
         down, norm, up = self.value_down, self.value_norm, self.value_up
-        logits = value_logits(hidden_states, down.weight, down.bias, norm.weight, norm.bias, up.weight)
-        return top_mask(logits, self.top_k).to(hidden_states.dtype)
+        return mask_values(
+            attention, hidden_states, down.weight, down.bias, norm.weight, norm.bias, up.weight, self.top_k
+        )
 
 
 class ToMoEAttention(nn.Module):
@@ -129,6 +143,7 @@ class ToMoEAttention(nn.Module):
         )
         self.add_module(self.output_name, output)
         self.has_qk_norm = has_qk_norm
+        self.is_plain = quant_config is None and get_current_vllm_config().lora_config is None
         if has_qk_norm:
             self.q_norm = RMSNorm(shape.head_dim, eps=config.rms_norm_eps)
             self.k_norm = RMSNorm(shape.head_dim, eps=config.rms_norm_eps)
@@ -151,6 +166,16 @@ class ToMoEAttention(nn.Module):
                 f"{', '.join(map(str, backend.get_supported_head_sizes()))}. Serve this model on another platform"
             )
 
+    def finish_loading(self) -> None:
+        """Once the weights are there: let q and k come out masked, where that is exact.
+
+        Not after a norm on q and k, and not where the weight is quantized or LoRA adds to it.
+        """
+        if self.is_plain and not self.has_qk_norm:
+            projection = self.qkv_proj
+            bias = projection.bias.data if projection.bias is not None else None
+            self.head_gate.fold_query_key(projection.weight.data, bias, sum(self.sizes[:2]))
+
     def forward(self, positions: Tensor, hidden_states: Tensor) -> Tensor:
         """``positions``: [T]; [T, D] -> [T, D]."""
         qkv, _ = self.qkv_proj(hidden_states)
@@ -161,10 +186,7 @@ class ToMoEAttention(nn.Module):
         q, k = self.head_gate.mask_query_key(q), self.head_gate.mask_query_key(k)
         q, k = self.rotary_emb(positions, q, k)
         attn_output = self.attn(q, k, v)
-        value_mask = self.head_gate.value_mask(hidden_states)
-        if value_mask is not None:
-            attn_output = mask_heads(attn_output, value_mask)
-        output, _ = getattr(self, self.output_name)(attn_output)
+        output, _ = getattr(self, self.output_name)(self.head_gate.mask_value(attn_output, hidden_states))
         return output
 
 

@@ -1,78 +1,78 @@
-"""The MLP of ToMoE in its exact masked form: the dense GEMMs, and the routed expert's mask between them.
+"""The MLP of ToMoE in its two layouts, each with one copy of the weights; both are exact.
 
-Nothing is rewritten or copied per expert: gate_up and down are vLLM's own linears, so tensor parallelism,
-quantization and LoRA work as for the dense model. What it gives up: no FLOP is saved here.
+``masked``: gate_up and down are vLLM's own linears, with the routed expert's mask between them. Tensor parallelism,
+quantization and LoRA work as for the dense model; no FLOP is saved. ``shared``: weights of our own with neurons as
+rows, of which a token reads its expert's only (``layers/shared_mlp.py``).
+
+``expert_layout`` of the config chooses (``--hf-overrides '{"expert_layout": "masked"}'``); by default, ``auto``, the
+shared layout is taken wherever it is known to be the faster one: float32 weights on a CPU, neither quantized nor
+under LoRA, with a C++ compiler.
 """
 
+import logging
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
-from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
+from vllm.config import get_current_vllm_config
 from vllm.model_executor.layers.linear import ColumnParallelLinear, MergedColumnParallelLinear, RowParallelLinear
 from vllm.model_executor.layers.quantization import QuantizationConfig
-from vllm.model_executor.utils import set_weight_attrs
+from vllm.platforms import current_platform
 
 from tomoe_vllm.hf.configuration_tomoe import block_shape
-from tomoe_vllm.hf.tomoe_math import route, unpack_signature
+from tomoe_vllm.kernels import native
 from tomoe_vllm.kernels.expert_activation import expert_activation, require_activation
+from tomoe_vllm.layers.expert_gate import ToMoEExpertGate
+from tomoe_vllm.layers.shared_mlp import ToMoESharedMLP
+
+logger = logging.getLogger(__name__)
+
+EXPERT_LAYOUTS = ("auto", "shared", "masked")
 
 
-class ToMoEExpertGate(nn.Module):
-    """Routes tokens and holds the expert masks. The router is replicated, the neurons are sharded like gate_up.
+def obstacle_to_shared(quant_config: QuantizationConfig | None) -> str | None:
+    """Why the shared layout cannot be used for a model built now, or None."""
+    if quant_config is not None:
+        return f"the checkpoint is quantized ({quant_config.get_name()})"
+    if get_current_vllm_config().lora_config is not None:
+        return "LoRA adapters wrap vLLM's own linears"
+    if not current_platform.is_cpu():
+        return "its kernels are not yet checked on this platform"
+    if (dtype := torch.get_default_dtype()) != torch.float32:
+        return f"its CPU kernels take float32 and the model's dtype is {str(dtype).removeprefix('torch.')}"
+    if not native.load():
+        return "its CPU kernels could not be compiled"
+    return None
 
-    ``signature``: [F / tp, ceil(N / 8)] uint8, the checkpoint's bits; ``expert_masks``: [N, F / tp] in the
-    model's dtype, the same bits as the activation step reads them. Until a checkpoint is loaded every expert
-    keeps every neuron (vLLM's ``--load-format dummy`` leaves integers alone).
+
+def make_expert_mlp(
+    config: PreTrainedConfig,
+    layer_idx: int,
+    *,
+    bias: bool,
+    quant_config: QuantizationConfig | None,
+    prefix: str,
+) -> nn.Module:
+    """The MLP of one layer in the layout that ``config.expert_layout`` names, or the faster one that works.
+
+    Raises ``ValueError`` for an unknown layout, one that cannot be used (saying why), an unsupported activation or
+    a tensor parallel size that does not divide the neurons.
     """
-
-    expert_masks: Tensor
-
-    def __init__(self, config: PreTrainedConfig, layer_idx: int, prefix: str) -> None:
-        super().__init__()
-        self.prefix = prefix
-        self.num_experts = config.num_experts
-        self.num_neurons = config.intermediate_size
-        self.width = config.expert_intermediate_sizes[layer_idx]
-        tp_size = get_tensor_model_parallel_world_size()
-        if self.num_neurons % tp_size:
-            raise ValueError(
-                f"tensor parallel size {tp_size} does not divide intermediate_size {self.num_neurons}; "
-                "choose one that does"
-            )
-        num_local = self.num_neurons // tp_size
-        self.router = nn.Linear(config.hidden_size, self.num_experts, bias=False, dtype=torch.float32)
-        signature = torch.full((num_local, -(-self.num_experts // 8)), 0xFF, dtype=torch.uint8)
-        self.signature = nn.Parameter(signature, requires_grad=False)
-        set_weight_attrs(self.signature, {"weight_loader": self._load_signature})
-        self.register_buffer("expert_masks", torch.ones(self.num_experts, num_local), persistent=False)
-
-    def _load_signature(self, parameter: nn.Parameter, loaded: Tensor) -> None:
-        shape = (self.num_neurons, parameter.shape[1])
-        if loaded.shape != shape or loaded.dtype != torch.uint8:
-            raise ValueError(
-                f"{self.prefix}.signature is {loaded.dtype} {list(loaded.shape)}; it must be uint8 {list(shape)}"
-            )
-        masks = unpack_signature(loaded, self.num_experts)
-        widths = masks.sum(dim=1).tolist()
-        if any(width != self.width for width in widths):
-            raise ValueError(
-                f"{self.prefix}.signature gives experts of {widths} neurons; config.json says {self.width}. "
-                "Export the checkpoint again"
-            )
-        num_local = parameter.shape[0]
-        start = get_tensor_model_parallel_rank() * num_local
-        parameter.data.copy_(loaded.narrow(0, start, num_local))
-        self.expert_masks.copy_(masks.narrow(1, start, num_local))
-
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        """Expert of each token: [T, D] -> [T] int64."""
-        return route(F.linear(hidden_states.float(), self.router.weight))
+    layout = getattr(config, "expert_layout", "auto")
+    if layout not in EXPERT_LAYOUTS:
+        raise ValueError(f"expert_layout is {layout!r}; it must be one of {', '.join(EXPERT_LAYOUTS)}")
+    obstacle = obstacle_to_shared(quant_config) if layout != "masked" else "expert_layout is 'masked'"
+    if layout == "shared" and obstacle is not None:
+        raise ValueError(f"expert_layout is 'shared', but {obstacle}; use 'auto' or 'masked'")
+    if layer_idx == 0:
+        logger.info("ToMoE expert layout: %s", "shared" if obstacle is None else f"masked, because {obstacle}")
+    if obstacle is None:
+        return ToMoESharedMLP(config, layer_idx, has_bias=bias, prefix=prefix)
+    return ToMoEMaskedMLP(config, layer_idx, bias=bias, quant_config=quant_config, prefix=prefix)
 
 
-class ToMoEMLP(nn.Module):
+class ToMoEMaskedMLP(nn.Module):
     """gate_up_proj and down_proj, or fc1 and fc2 where the family has no gate, around the expert activation.
 
     Raises ``ValueError`` for an unsupported activation or a tensor parallel size that does not divide the

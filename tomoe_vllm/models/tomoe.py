@@ -35,7 +35,7 @@ from vllm.sequence import IntermediateTensors
 
 from tomoe_vllm.hf.configuration_tomoe import base_model_type
 from tomoe_vllm.layers.attention import ToMoEAttention
-from tomoe_vllm.layers.expert_mlp import ToMoEMLP
+from tomoe_vllm.layers.expert_mlp import make_expert_mlp
 from tomoe_vllm.layers.layernorm import ToMoELayerNorm
 from tomoe_vllm.models.strict_loading import load_strictly
 
@@ -99,7 +99,7 @@ class ToMoEDecoderLayer(nn.Module):
             quant_config=vllm_config.quant_config,
             prefix=f"{prefix}.self_attn",
         )
-        self.mlp = ToMoEMLP(
+        self.mlp = make_expert_mlp(
             config,
             layer_idx,
             bias=_is_set(config, family.mlp_bias),
@@ -244,7 +244,7 @@ class ToMoEForCausalLM(nn.Module, SupportsLoRA, SupportsPP, SupportsQuant):
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """Place every tensor of the checkpoint exactly once; ``ValueError`` names what does not fit."""
-        return load_strictly(
+        loaded = load_strictly(
             self,
             weights,
             mapper=self.hf_to_vllm_mapper,
@@ -252,3 +252,6 @@ class ToMoEForCausalLM(nn.Module, SupportsLoRA, SupportsPP, SupportsQuant):
             is_tied=self.config.tie_word_embeddings,
             is_quantized=self.quant_config is not None,
         )
+        for layer in islice(self.model.layers, self.model.start_layer, self.model.end_layer):
+            layer.self_attn.finish_loading()
+        return loaded

@@ -1,1 +1,120 @@
-"""The MLP of ToMoE on one copy of the weights."""
+"""The MLP of ToMoE on one copy of the weights, as one op: ``tomoe::expert_mlp``.
+
+    out = sum over neurons n that the token's expert keeps of  act(x . gate_n) * (x . up_n) * down_n
+
+Rows are neurons in all matrices (W_down is kept transposed), so an expert is a list of rows, and one copy of the
+weights serves all experts. The op decides inside, by the number of tokens, what it reads and in which order; its
+shapes depend on those of its inputs alone and it never waits for a device.
+
+Versions: plain torch (``reference.py``, the truth, any device and dtype), C++ for float32 on CPUs (``cpu.cpp``,
+from the moment ``kernels.native.load()`` succeeds). A CUDA version registers itself the same way, for key "CUDA".
+"""
+
+import torch
+from torch import Tensor
+
+from tomoe_vllm.kernels.expert_activation import require_activation
+from tomoe_vllm.kernels.expert_mlp.reference import expert_mlp_reference
+from tomoe_vllm.kernels.expert_mlp.thresholds import Thresholds
+
+_LIBRARY = torch.library.Library("tomoe", "FRAGMENT")
+_LIBRARY.define(
+    "expert_mlp(Tensor hidden_states, Tensor expert_ids, Tensor up_weight, Tensor? up_bias, Tensor down_weight, "
+    "Tensor expert_masks, Tensor neuron_ids, Tensor widths, str activation, int group_tokens, int streamed_tokens) "
+    "-> Tensor"
+)
+
+
+def _reference(
+    hidden_states: Tensor,
+    expert_ids: Tensor,
+    up_weight: Tensor,
+    up_bias: Tensor | None,
+    down_weight: Tensor,
+    expert_masks: Tensor,
+    neuron_ids: Tensor,
+    widths: Tensor,
+    activation: str,
+    group_tokens: int,
+    streamed_tokens: int,
+) -> Tensor:
+    return expert_mlp_reference(hidden_states, expert_ids, up_weight, up_bias, down_weight, expert_masks, activation)
+
+
+_LIBRARY.impl("expert_mlp", _reference, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("tomoe::expert_mlp", lib=_LIBRARY)
+def _fake(hidden_states: Tensor, *others: object) -> Tensor:
+    return torch.empty_like(hidden_states, memory_format=torch.contiguous_format)
+
+
+def neuron_lists(expert_masks: Tensor) -> tuple[Tensor, Tensor]:
+    """Sorted rows of each expert, as the op takes them.
+
+    ``expert_masks``: [N, F], non-zero where an expert keeps a neuron. Returns ``neuron_ids`` [N, W] int32, W the
+    widest expert's count (at least 1), padded with a valid row, and ``widths`` [N] int32. Under tensor parallelism
+    F is a rank's share and widths differ between experts.
+    """
+    is_kept = expert_masks != 0
+    widths = is_kept.sum(dim=1)
+    # Kept neurons first, in order: a stable sort of "not kept".
+    order = (~is_kept).to(torch.uint8).sort(dim=1, stable=True).indices
+    neuron_ids = order[:, : max(1, int(widths.max()))].to(torch.int32).contiguous()
+    return neuron_ids, widths.to(torch.int32)
+
+
+def expert_mlp(
+    hidden_states: Tensor,
+    expert_ids: Tensor,
+    up_weight: Tensor,
+    up_bias: Tensor | None,
+    down_weight: Tensor,
+    expert_masks: Tensor,
+    neuron_ids: Tensor,
+    widths: Tensor,
+    activation: str,
+    thresholds: Thresholds,
+) -> Tensor:
+    """Each token through its expert's neurons.
+
+    ``hidden_states``: [T, D]; ``expert_ids``: [T] int64; ``up_weight``: [2F, D], the gate's rows first, or [F, D]
+    without a gate; ``up_bias``: [2F] or [F], or None; ``down_weight``: [F, D], one row per neuron;
+    ``expert_masks``: [N, F] of ones and zeros; ``neuron_ids``, ``widths``: the same as lists
+    (:func:`neuron_lists`); floats of one dtype. ``activation``: a Hugging Face ``hidden_act``;
+    ``thresholds``: those of the device (``load_thresholds()``, once: it reads a file).
+    Returns [T, D], without W_down's bias.
+
+    Raises ``ValueError`` for an unknown activation or shapes that do not belong together.
+    """
+    require_activation(activation)
+    num_neurons, hidden_size = down_weight.shape
+    if up_weight.shape not in ((num_neurons, hidden_size), (2 * num_neurons, hidden_size)):
+        raise ValueError(
+            f"up_weight is {list(up_weight.shape)}; beside a down_weight of {list(down_weight.shape)} it must be "
+            f"{[2 * num_neurons, hidden_size]} (gate and up) or {[num_neurons, hidden_size]} (no gate)"
+        )
+    if hidden_states.shape[-1] != hidden_size:
+        raise ValueError(f"hidden_states has {hidden_states.shape[-1]} columns; the weights have {hidden_size}")
+    if up_bias is not None and up_bias.shape != up_weight.shape[:1]:
+        raise ValueError(f"up_bias is {list(up_bias.shape)}; up_weight has {up_weight.shape[0]} rows")
+    num_experts = len(widths)
+    if expert_masks.shape != (num_experts, num_neurons) or neuron_ids.shape[0] != num_experts:
+        raise ValueError(
+            f"expert_masks is {list(expert_masks.shape)} and neuron_ids has {neuron_ids.shape[0]} rows; for widths "
+            f"of {num_experts} experts and {num_neurons} neurons they must be {[num_experts, num_neurons]} and "
+            f"{num_experts}"
+        )
+    return torch.ops.tomoe.expert_mlp(
+        hidden_states,
+        expert_ids,
+        up_weight,
+        up_bias,
+        down_weight,
+        expert_masks,
+        neuron_ids,
+        widths,
+        activation,
+        thresholds.group_tokens,
+        thresholds.streamed_tokens,
+    )

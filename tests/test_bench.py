@@ -1,0 +1,93 @@
+"""tomoe bench and tune: their arithmetic, their input errors, and that what they measure is what they say."""
+
+import json
+
+import pytest
+import torch
+
+from tests.parity.conftest import make_prompts, start_engine
+from tomoe_vllm.bench.checkpoints import write_dense, write_tomoe
+from tomoe_vllm.bench.measure import interleave, summary
+from tomoe_vllm.bench.shapes import SHAPES, Shape, shape_of
+from tomoe_vllm.kernels import native
+
+TINY = Shape(
+    hidden_size=128, intermediate_size=96, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=32, vocab_size=96
+)
+
+
+def test_shape_of_7b_layer_has_the_bytes_of_the_paper():
+    assert SHAPES["7b-layer"].mlp_bytes == 2 * 270_532_608  # 270.5 MB in bfloat16
+
+
+def test_unknown_shape_is_an_error_that_lists_the_known():
+    with pytest.raises(ValueError, match="shape is '2b'; it must be one of 135m, 1b, 7b-layer"):
+        shape_of("2b")
+
+
+def test_ways_take_turns_and_warm_up_is_not_counted():
+    order = []
+    samples = interleave({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, rounds=2, warm_up=1)
+    assert order == ["a", "b"] * 3
+    assert [len(values) for values in samples.values()] == [2, 2]
+
+
+def test_summary_is_median_and_quartiles():
+    assert summary([1.0, 2.0, 3.0, 4.0, 5.0], 10) == {"median": 30.0, "low": 15.0, "high": 45.0}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--only", "speed"], "--only is 'speed'; it must be one of op, decode, prefill, memory"),
+        (["--shape", "2b"], "shape is '2b'"),
+        (["--tomoe", "x"], "--tomoe needs the dense model"),
+        (["--out", "."], "exists; name a folder that does not"),
+    ],
+)
+def test_misuse_is_one_line(run_cli, arguments, message):
+    result = run_cli("bench", *arguments)
+    assert result.returncode == 2
+    assert message in result.stderr
+
+
+@pytest.mark.engine
+def test_checkpoints_load_and_differ(tmp_path):
+    write_dense(TINY, tmp_path / "dense")
+    write_tomoe(tmp_path / "dense", tmp_path / "tomoe")
+    outputs = {}
+    for name in ("dense", "tomoe"):
+        with start_engine(tmp_path / name) as engine:
+            outputs[name] = engine.complete(make_prompts(96)[:3])
+    assert all(torch.isfinite(c.logprobs).all() for both in outputs.values() for c in both)
+    assert [c.tokens for c in outputs["dense"]] != [c.tokens for c in outputs["tomoe"]]
+
+
+@pytest.mark.engine
+def test_ways_of_the_op_agree_before_they_are_timed(monkeypatch):
+    if native.compiler() is None:
+        pytest.skip("no C++ compiler")
+    from tomoe_vllm.bench import op
+
+    monkeypatch.setattr(op, "NUM_TOKENS", (1, 5))
+    monkeypatch.setattr(op, "read_bandwidth", lambda: 1e9)
+    monkeypatch.setattr(op, "gemm_rate", lambda: 1e12)
+    monkeypatch.setattr(op, "_rounds", lambda *_: 2)
+    results = op.bench_op(TINY)
+    assert [row["num_tokens"] for row in results["rows"]] == [1, 5]
+    assert set(results["rows"][0]["ms"]) == {"dense", "shared", "masked", "fused"}
+    assert results["rows"][0]["limit_ms"] == pytest.approx(3 * 4 * 128 * 48 / 1e9 * 1e3)
+    json.dumps(results)
+    wrong = op.Layer.shared
+    monkeypatch.setattr(op.Layer, "shared", lambda self, *args: wrong(self, *args) * 1.001)
+    with pytest.raises(RuntimeError, match="shared differs from the masked form"):
+        op.bench_op(TINY, ("dense", "masked", "shared"))
+
+
+def test_tuning_takes_the_cheapest_pair():
+    from tomoe_vllm.bench.tune import GROUP_TOKENS, NUM_TOKENS, best
+
+    times = {(g, s, m): 2.0 for g in GROUP_TOKENS for s in (0, 1) for m in NUM_TOKENS}
+    times |= {(4, 1, m): 1.0 for m in NUM_TOKENS if m <= 8} | {(4, 0, m): 1.0 for m in NUM_TOKENS if m > 8}
+    thresholds = best(times)
+    assert (thresholds.group_tokens, thresholds.streamed_tokens) == (4, 8)

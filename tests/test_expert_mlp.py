@@ -1,0 +1,268 @@
+"""The expert MLP: each of its ways through the weights against the plain-torch reference."""
+
+import itertools
+
+import pytest
+import torch
+
+from tests.helpers.compare import assert_close, relative_rms
+from tomoe_vllm.kernels import native
+from tomoe_vllm.kernels.expert_mlp import expert_mlp, neuron_lists
+from tomoe_vllm.kernels.expert_mlp.reference import expert_mlp_reference
+from tomoe_vllm.kernels.expert_mlp.thresholds import Thresholds, load_thresholds
+
+WAYS = {
+    "one expert per group, streamed": (1, 10_000),
+    "one expert per group, packed": (1, 1),
+    "merged groups, streamed": (4, 10_000),
+    "as shipped": (4, 8),
+}
+"""group_tokens and streamed_tokens: together they reach every loop of the C++."""
+
+
+THRESHOLDS = Thresholds(group_tokens=4, streamed_tokens=8)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def compiled():
+    if native.compiler() is None:
+        pytest.skip("no C++ compiler")
+    assert native.load()
+
+
+@pytest.fixture(params=[1, 2], ids=["1 thread", "2 threads"])
+def threads(request):
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+def make_case(tokens, hidden, neurons, experts, *, is_gated=True, has_bias=False, expert=None, keep=0.5, seed=0):
+    """Arguments of expert_mlp, without the activation. Experts keep different numbers of neurons."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = neurons * (1 + is_gated)
+    masks = (torch.rand(experts, neurons, generator=generator) < keep).float()
+    ids = torch.randint(experts, (tokens,), generator=generator)
+    if expert is not None:
+        ids.fill_(expert)
+    return [
+        torch.randn(tokens, hidden, generator=generator),
+        ids,
+        torch.randn(rows, hidden, generator=generator) * hidden**-0.5,
+        torch.randn(rows, generator=generator) if has_bias else None,
+        torch.randn(neurons, hidden, generator=generator) * neurons**-0.5,
+        masks,
+        *neuron_lists(masks),
+    ]
+
+
+def run(case, way, activation="silu"):
+    return torch.ops.tomoe.expert_mlp(*case, activation, *WAYS[way])
+
+
+def expected_output(case, activation="silu"):
+    """[T, D] float64."""
+    wide = [t.double() if t is not None and t.is_floating_point() else t for t in case[:6]]
+    return expert_mlp_reference(*wide, activation)
+
+
+CASES = [
+    pytest.param({"tokens": 1, "hidden": 64, "neurons": 96, "experts": 8}, id="one token"),
+    pytest.param({"tokens": 7, "hidden": 50, "neurons": 77, "experts": 8}, id="sizes that fill no vector"),
+    pytest.param({"tokens": 3, "hidden": 13, "neurons": 5, "experts": 8}, id="smaller than a vector; empty experts"),
+    pytest.param({"tokens": 40, "hidden": 72, "neurons": 300, "experts": 8}, id="tiles with tails; several blocks"),
+    pytest.param({"tokens": 33, "hidden": 64, "neurons": 96, "experts": 16}, id="16 experts"),
+    pytest.param({"tokens": 37, "hidden": 64, "neurons": 96, "experts": 8, "expert": 7}, id="all on the last expert"),
+    pytest.param({"tokens": 9, "hidden": 64, "neurons": 96, "experts": 1}, id="one expert"),
+    pytest.param({"tokens": 300, "hidden": 64, "neurons": 96, "experts": 2}, id="more tokens than a chunk"),
+    pytest.param({"tokens": 1100, "hidden": 32, "neurons": 40, "experts": 3}, id="more tokens than a pass"),
+    pytest.param({"tokens": 19, "hidden": 2100, "neurons": 40, "experts": 3}, id="more columns than a slice of k"),
+    pytest.param({"tokens": 5, "hidden": 64, "neurons": 96, "experts": 8, "keep": 1.0}, id="every neuron kept"),
+]
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("shape", CASES)
+def test_equals_the_reference(shape, way, threads):
+    case = make_case(**shape)
+    before = [t.clone() if t is not None else None for t in case]
+    actual = run(case, way)
+    assert actual.is_contiguous()
+    assert actual.dtype == torch.float32
+    assert_close(actual, expected_output(case), 1e-5)
+    assert all(a is b or torch.equal(a, b) for a, b in zip(before, case, strict=True)), "inputs belong to the caller"
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(("is_gated", "has_bias"), [(True, True), (True, False), (False, True), (False, False)])
+@pytest.mark.parametrize("activation", ["silu", "relu", "gelu", "gelu_new"])
+def test_activations_gates_and_biases(activation, is_gated, has_bias, way):
+    case = make_case(21, 48, 70, 5, is_gated=is_gated, has_bias=has_bias)
+    case[0] *= 3
+    assert_close(run(case, way, activation), expected_output(case, activation), 1e-5)
+
+
+def test_a_token_does_not_depend_on_its_batch_not_even_in_the_last_bit(threads):
+    case = make_case(50, 1100, 130, 8)
+    whole = run(case, "as shipped")
+    for way, size in itertools.product(WAYS, (1, 2, 5, 13, 50)):
+        parts = [
+            run([case[0][t : t + size], case[1][t : t + size], *case[2:]], way) for t in range(0, len(whole), size)
+        ]
+        assert torch.equal(torch.cat(parts), whole), (way, size)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_experts_without_neurons_give_zero(way):
+    assert torch.equal(run(make_case(5, 64, 96, 8, keep=0.0), way), torch.zeros(5, 64))
+
+
+def test_strided_input_is_taken():
+    case = make_case(6, 64, 96, 8)
+    wide = torch.randn(6, 128)
+    wide[:, ::2] = case[0]
+    assert torch.equal(run([wide[:, ::2], *case[1:]], "as shipped"), run(case, "as shipped"))
+
+
+def test_no_token_gives_no_row():
+    case = make_case(0, 64, 96, 8)
+    assert run(case, "as shipped").shape == (0, 64)
+
+
+@pytest.mark.parametrize(
+    "break_it",
+    [
+        pytest.param(lambda case: case[1].__setitem__(3, (case[1][3] + 1) % 8), id="one token misrouted"),
+        pytest.param(lambda case: case[6].__setitem__((case[1][0], 0), case[6][case[1][0], 1]), id="one wrong neuron"),
+        pytest.param(lambda case: case[7].sub_(1), id="last neuron of each expert lost"),
+        pytest.param(lambda case: case[2].copy_(case[2].roll(1, 0)), id="rows shifted by one"),
+    ],
+)
+def test_tolerance_catches_small_faults(break_it):
+    case = make_case(64, 96, 400, 8)
+    expected = expected_output(case)
+    assert max(relative_rms(run(case, "as shipped"), expected)) < 1e-5
+    broken = [t.clone() if t is not None else None for t in case]
+    break_it(broken)
+    assert max(relative_rms(run(broken, "one expert per group, packed"), expected)) > 1e-3
+
+
+def test_portable_vectors_agree_too(tmp_path):
+    """The code of CPUs without AVX-512, in a process of its own."""
+    from tests.helpers.processes import environment, python
+
+    library = native.build("AVX2" if torch.backends.cpu.get_cpu_capability() == "AVX512" else "DEFAULT")
+    code = f"""
+import torch
+import tests.test_expert_mlp as t
+import tomoe_vllm.kernels.route
+torch.ops.load_library({str(library)!r})
+for case in t.CASES:
+    for way in t.WAYS:
+        made = t.make_case(**case.values[0])
+        t.assert_close(t.run(made, way), t.expected_output(made), 1e-5)
+print("all")
+"""
+    result = python("-c", code, env=environment())
+    assert result.stdout.split() == ["all"], result.stderr[-2000:]
+
+
+def test_operator_registration_is_sound():
+    case = make_case(5, 64, 96, 8)
+    torch.library.opcheck(torch.ops.tomoe.expert_mlp.default, (*case, "silu", 4, 8))
+    torch.library.opcheck(torch.ops.tomoe.route.default, (case[0], torch.randn(8, 64)))
+
+
+def test_traces_once_for_every_number_of_tokens():
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(expert_mlp, backend=backend, fullgraph=True, dynamic=True)
+    for tokens in (2, 5, 16):
+        case = make_case(tokens, 48, 64, 8)
+        assert torch.equal(compiled(*case, "silu", THRESHOLDS), expert_mlp(*case, "silu", THRESHOLDS))
+    assert len(graphs) == 1
+
+
+@pytest.mark.parametrize("experts", [1, 5, 8, 16])
+@pytest.mark.parametrize("tokens", [1, 3, 70])
+def test_routes_as_the_equations_do(tokens, experts):
+    generator = torch.Generator().manual_seed(1)
+    x, weight = torch.randn(tokens, 75, generator=generator), torch.randn(experts, 75, generator=generator)
+    assert torch.equal(torch.ops.tomoe.route(x, weight), (x.double() @ weight.double().T).argmax(-1))
+
+
+def test_equal_logits_go_to_the_first_expert():
+    assert torch.ops.tomoe.route(torch.randn(3, 32), torch.zeros(16, 32)).tolist() == [0, 0, 0]
+
+
+def test_neuron_lists_are_sorted_and_padded_with_a_valid_row():
+    ids, widths = neuron_lists(torch.tensor([[0, 1, 0, 1], [0, 0, 0, 0], [1, 1, 1, 0]]))
+    assert widths.tolist() == [2, 0, 3]
+    assert widths.dtype == ids.dtype == torch.int32
+    assert ids.shape == (3, 3)
+    assert ids[0, :2].tolist() == [1, 3]
+    assert ids[2].tolist() == [0, 1, 2]
+    assert ids.max() < 4
+
+
+@pytest.mark.parametrize(
+    ("index", "change", "message"),
+    [
+        (0, lambda t: t[:, :60], r"hidden_states has 60 columns; the weights have 64"),
+        (2, lambda t: t[:100], r"up_weight is \[100, 64\]; .* \[192, 64\] \(gate and up\) or \[96, 64\]"),
+        (5, lambda t: t[:, :90], r"expert_masks is \[8, 90\]"),
+    ],
+)
+def test_shapes_that_do_not_belong_together_are_refused(index, change, message):
+    case = make_case(5, 64, 96, 8)
+    case[index] = change(case[index])
+    with pytest.raises(ValueError, match=message):
+        expert_mlp(*case, "silu", THRESHOLDS)
+
+
+def test_what_the_kernel_cannot_read_is_refused():
+    case = make_case(5, 64, 96, 8)
+    with pytest.raises(RuntimeError, match=r"expert_ids\[2\] is 8; there are 8 experts"):
+        run([case[0], torch.tensor([0, 1, 8, 0, 0]), *case[2:]], "as shipped")
+    with pytest.raises(RuntimeError, match="takes float32"):
+        run([case[0].bfloat16(), *case[1:]], "as shipped")
+
+
+def test_without_a_compiler_it_says_so_and_stays_in_torch(monkeypatch, caplog):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    monkeypatch.setattr(native.shutil, "which", lambda name: None)
+    native.load.cache_clear()
+    try:
+        assert not native.load()
+        assert "plain torch, slower: no C++ compiler was found" in caplog.text
+    finally:
+        native.load.cache_clear()
+
+
+def test_a_failing_compiler_is_one_line(monkeypatch, tmp_path):
+    monkeypatch.setenv("CXX", "false")
+    monkeypatch.setenv("TOMOE_CACHE_ROOT", str(tmp_path))
+    with pytest.raises(native.BuildError, match=r"false failed: exit code 1"):
+        native.build()
+
+
+def test_thresholds_of_this_device_are_read_from_the_named_folder(monkeypatch, tmp_path):
+    from tomoe_vllm.kernels.expert_mlp.thresholds import device_name
+
+    monkeypatch.setenv("TOMOE_TUNED_CONFIG_FOLDER", str(tmp_path))
+    file = tmp_path / f"{device_name()}.json"
+    try:
+        file.write_text('{"group_tokens": 3, "streamed_tokens": 5}')
+        load_thresholds.cache_clear()
+        assert load_thresholds() == Thresholds(group_tokens=3, streamed_tokens=5)
+        file.write_text('{"group_tokens": 3}')
+        load_thresholds.cache_clear()
+        with pytest.raises(ValueError, match="it must hold group_tokens, streamed_tokens"):
+            load_thresholds()
+    finally:
+        load_thresholds.cache_clear()

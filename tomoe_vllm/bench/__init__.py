@@ -1,0 +1,1 @@
+"""``tomoe bench``: dense and ToMoE of the same base, interleaved, with this machine's limit beside them."""

@@ -1,0 +1,46 @@
+"""Interleaved timing, and what this machine can do at best."""
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+
+import torch
+
+
+def interleave(ways: Mapping[str, Callable[[], object]], rounds: int, warm_up: int = 1) -> dict[str, list[float]]:
+    """Seconds of each way in each round; the ways take turns, so that noise hits them alike."""
+    samples: dict[str, list[float]] = {name: [] for name in ways}
+    for round_ in range(-warm_up, rounds):
+        for name, way in ways.items():
+            start = time.perf_counter()
+            way()
+            if round_ >= 0:
+                samples[name].append(time.perf_counter() - start)
+    return samples
+
+
+def summary(samples: list[float], scale: float = 1.0) -> dict[str, float]:
+    """Median and quartiles, each times ``scale``."""
+    low, median, high = statistics.quantiles(samples, n=4) if len(samples) > 1 else [samples[0]] * 3
+    return {"median": median * scale, "low": low * scale, "high": high * scale}
+
+
+def read_bandwidth(num_bytes: int = 1 << 29) -> float:
+    """Bytes per second that this process reads from memory with all its threads: the best of a few sweeps.
+
+    A matrix-vector product through vLLM's oneDNN linear, the fastest reader found here (torch's sum reads at 0.75 of
+    its rate, torch's own mv at half).
+    """
+    from vllm import _custom_ops as ops
+    from vllm.platforms import current_platform
+
+    current_platform.import_kernels()
+    handler = ops.create_onednn_mm(torch.randn(num_bytes // 4 // 4096, 4096).t(), 32)
+    vector = torch.randn(1, 4096)
+    return num_bytes / min(interleave({"read": lambda: ops.onednn_mm(handler, vector, None)}, 15)["read"])
+
+
+def gemm_rate(size: int = 2048) -> float:
+    """Float32 operations per second of a large square GEMM: the best of a few."""
+    a, b = torch.randn(size, size), torch.randn(size, size)
+    return 2 * size**3 / min(interleave({"gemm": lambda: a @ b}, 7)["gemm"])

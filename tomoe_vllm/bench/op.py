@@ -1,0 +1,168 @@
+"""The MLP op alone: ToMoE's against the dense MLP and against vLLM's fused MoE, as vLLM's CPU build runs them.
+
+dense   the layer that vLLM serves a dense model with: oneDNN on packed weights (UnquantizedLinearMethod), silu_and_mul
+shared  tomoe::expert_mlp on one copy of the weights
+masked  the dense layer with the expert's mask in its activation (the layout for quantized weights and LoRA)
+fused   vLLM's CPU fused MoE (isa "vec") over materialised experts: N/2 times the memory
+
+Several layers are walked in turn, as a model walks them: one layer alone would stay in the caches. The limit is
+max(bytes that must be read / bandwidth, operations / GEMM rate), with the bytes of the union of the experts touched.
+"""
+
+import math
+import sys
+from collections.abc import Callable
+from itertools import cycle
+
+import torch
+from torch import Tensor
+
+from tomoe_vllm.bench.measure import gemm_rate, interleave, read_bandwidth, summary
+from tomoe_vllm.bench.shapes import Shape
+from tomoe_vllm.kernels import native
+from tomoe_vllm.kernels.expert_activation import expert_activation
+from tomoe_vllm.kernels.expert_mlp import expert_mlp, neuron_lists
+from tomoe_vllm.kernels.expert_mlp.thresholds import Thresholds, load_thresholds
+
+NUM_TOKENS = (1, 2, 4, 8, 16, 64, 256, 1024)
+WALKED_BYTES = 400 << 20
+"""Dense bytes of the layers walked in turn: many times the caches of a core."""
+
+
+class Layer:
+    """One random layer, its weights held once by each way."""
+
+    def __init__(self, shape: Shape, generator: torch.Generator, ways: tuple[str, ...]) -> None:
+        from vllm import _custom_ops as ops
+
+        hidden, neurons, width = shape.hidden_size, shape.intermediate_size, shape.expert_width
+        self.up = torch.randn(2 * neurons, hidden, generator=generator) * hidden**-0.5
+        self.down = torch.randn(neurons, hidden, generator=generator) * neurons**-0.5
+        order = torch.rand(shape.num_experts, neurons, generator=generator).argsort(dim=1)
+        self.masks = torch.zeros(shape.num_experts, neurons).scatter_(1, order[:, :width], 1.0)
+        self.neuron_ids, self.widths = neuron_lists(self.masks)
+        self.packed_up = ops.create_onednn_mm(self.up.t(), 32)
+        self.packed_down = ops.create_onednn_mm(self.down, 32)
+        if "fused" in ways:
+            experts = self.neuron_ids.long()
+            w13 = torch.stack([torch.cat([self.up[ids], self.up[neurons + ids]]) for ids in experts])
+            self.w13 = ops.cpu_prepack_moe_weight(w13, "vec")
+            self.w2 = ops.cpu_prepack_moe_weight(torch.stack([self.down[i].T.contiguous() for i in experts]), "vec")
+
+    def dense(self, x: Tensor) -> Tensor:
+        from vllm import _custom_ops as ops
+
+        projected = ops.onednn_mm(self.packed_up, x, None)
+        hidden = projected.new_empty(len(x), projected.shape[1] // 2)
+        torch.ops._C.silu_and_mul(hidden, projected)
+        return ops.onednn_mm(self.packed_down, hidden, None)
+
+    def masked(self, x: Tensor, expert_ids: Tensor) -> Tensor:
+        from vllm import _custom_ops as ops
+
+        projected = ops.onednn_mm(self.packed_up, x, None)
+        return ops.onednn_mm(self.packed_down, expert_activation(projected, expert_ids, self.masks, "silu"), None)
+
+    def shared(self, x: Tensor, expert_ids: Tensor, thresholds: Thresholds) -> Tensor:
+        return expert_mlp(
+            x, expert_ids, self.up, None, self.down, self.masks, self.neuron_ids, self.widths, "silu", thresholds
+        )
+
+    def fused(self, x: Tensor, expert_ids: Tensor) -> Tensor:
+        from vllm import _custom_ops as ops
+
+        output = torch.empty_like(x)
+        weights = torch.ones(len(x), 1)
+        ops.cpu_fused_moe(output, x, self.w13, self.w2, None, None, weights, expert_ids[:, None].int(), "silu", "vec")
+        return output
+
+
+Call = Callable[[Layer], Tensor]
+
+
+def make_layers(shape: Shape, ways: tuple[str, ...]) -> list[Layer]:
+    """As many layers as :data:`WALKED_BYTES` takes, at most those of the model."""
+    from vllm.platforms import current_platform
+
+    current_platform.import_kernels()
+    generator = torch.Generator().manual_seed(0)
+    count = max(1, min(shape.num_layers, round(WALKED_BYTES / shape.mlp_bytes)))
+    return [Layer(shape, generator, ways) for _ in range(count)]
+
+
+def limit_seconds(shape: Shape, layer: Layer, expert_ids: Tensor, bandwidth: float, rate: float) -> float:
+    """What no implementation can undercut on this machine, for these tokens."""
+    union = int((layer.masks[expert_ids.unique()].sum(dim=0) > 0).sum())
+    num_bytes = 3 * 4 * shape.hidden_size * union
+    operations = 2 * 3 * shape.hidden_size * float(layer.widths[expert_ids].sum())
+    return max(num_bytes / bandwidth, operations / rate)
+
+
+def bench_op(shape: Shape, ways: tuple[str, ...] = ("dense", "shared", "masked", "fused")) -> dict:
+    """Milliseconds of each way at every number of tokens; checks first that all of them agree.
+
+    Raises ``RuntimeError`` without a C++ compiler, or if a way's result differs.
+    """
+    if not native.load():
+        raise RuntimeError("the CPU kernels could not be compiled, so there is nothing to compare; install g++")
+    bandwidth, rate = read_bandwidth(), gemm_rate()
+    layers = make_layers(shape, ways)
+    thresholds = load_thresholds()
+    generator = torch.Generator().manual_seed(1)
+    rows = []
+    for num_tokens in NUM_TOKENS:
+        x = torch.randn(num_tokens, shape.hidden_size, generator=generator)
+        expert_ids = torch.randint(shape.num_experts, (num_tokens,), generator=generator)
+        calls: dict[str, Call] = {name: _call(name, x, expert_ids, thresholds) for name in ways}
+        _check(calls, layers[0])
+        samples = interleave(
+            {name: _walk(call, layers) for name, call in calls.items()},
+            rounds=_rounds(shape, num_tokens),
+            warm_up=2,
+        )
+        row = {name: summary(values, 1e3) for name, values in samples.items()}
+        limit = limit_seconds(shape, layers[0], expert_ids, bandwidth, rate) * 1e3
+        rows.append({"num_tokens": num_tokens, "limit_ms": limit, "ms": row})
+        print(_line(rows[-1]), file=sys.stderr, flush=True)
+    return {
+        "num_layers_walked": len(layers),
+        "num_threads": torch.get_num_threads(),
+        "read_bytes_per_s": bandwidth,
+        "gemm_flop_per_s": rate,
+        "rows": rows,
+    }
+
+
+def _call(way: str, x: Tensor, expert_ids: Tensor, thresholds: Thresholds) -> Call:
+    if way == "dense":
+        return lambda layer: layer.dense(x)
+    if way == "shared":
+        return lambda layer: layer.shared(x, expert_ids, thresholds)
+    return lambda layer: getattr(layer, way)(x, expert_ids)
+
+
+def _walk(call: Call, layers: list[Layer]) -> Callable[[], Tensor]:
+    """``call`` on the next layer each time."""
+    order = cycle(layers)
+    return lambda: call(next(order))
+
+
+def _rounds(shape: Shape, num_tokens: int) -> int:
+    """About two seconds per way, between 7 and 90 rounds."""
+    seconds = max(shape.mlp_bytes / 30e9, 6 * shape.hidden_size * shape.intermediate_size * num_tokens / 200e9)
+    return max(7, min(90, math.ceil(2 / seconds)))
+
+
+def _check(calls: dict[str, Call], layer: Layer) -> None:
+    results = {name: call(layer) for name, call in calls.items() if name != "dense"}
+    expected = results.get("masked", results["shared"])
+    for name, result in results.items():
+        error = ((result - expected).square().mean().sqrt() / expected.square().mean().sqrt()).item()
+        if not error < 1e-5:
+            raise RuntimeError(f"{name} differs from the masked form by {error:.1e} (relative RMS); not timed")
+
+
+def _line(row: dict) -> str:
+    dense = row["ms"]["dense"]["median"]
+    parts = [f"{name} {value['median']:.3f} ms ({dense / value['median']:.2f} x)" for name, value in row["ms"].items()]
+    return f"{row['num_tokens']:>5} tokens: {', '.join(parts)}; limit {row['limit_ms']:.3f} ms"

@@ -1,0 +1,49 @@
+// tomoe::route for CPUs: the expert of each token, argmax of x W^T in float32, the first of equals.
+// One call instead of two; sums have one order for any number of tokens.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include "../dot_tile.h"
+
+namespace tomoe {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+Tensor route(Tensor hidden_states, Tensor router_weight) {
+  STD_TORCH_CHECK(hidden_states.scalar_type() == ScalarType::Float && router_weight.scalar_type() == ScalarType::Float &&
+                      router_weight.is_contiguous(),
+                  "tomoe::route on CPU takes float32; hidden_states and a contiguous router_weight must be such");
+  const Tensor x = torch::stable::contiguous(hidden_states);
+  const int64_t tokens = x.size(0), depth = x.size(1), experts = router_weight.size(0);
+  Tensor ids = torch::stable::new_empty(x, {tokens}, ScalarType::Long);
+  auto* out = static_cast<int64_t*>(ids.data_ptr());
+  const auto* rows = static_cast<const float*>(x.data_ptr());
+  const auto* router = static_cast<const float*>(router_weight.data_ptr());
+  const int threads = static_cast<int>(torch::stable::get_num_threads());
+#pragma omp parallel for num_threads(threads) if (tokens >= 64)
+  for (int64_t t = 0; t < tokens; ++t) {
+    const float* token = rows + t * depth;
+    float best = -INFINITY;
+    int64_t winner = 0;
+    for (int64_t e = 0; e < experts; e += kDotRows) {
+      const int count = static_cast<int>(std::min<int64_t>(kDotRows, experts - e));
+      const float* w[kDotRows];
+      float logits[kDotRows];
+      float* targets[kDotRows];
+      for (int r = 0; r < count; ++r) w[r] = router + (e + r) * depth, targets[r] = logits + r;
+      dot_tile_of<false>(1, count)(w, &token, 0, depth, w, targets, 1, true);
+      for (int r = 0; r < count; ++r)
+        if (logits[r] > best) best = logits[r], winner = e + r;
+    }
+    out[t] = winner;
+  }
+  return ids;
+}
+
+}  // namespace
+}  // namespace tomoe
+
+STABLE_TORCH_LIBRARY_IMPL(tomoe, CPU, m) { m.impl("route", TORCH_BOX(&tomoe::route)); }

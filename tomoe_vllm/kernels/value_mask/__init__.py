@@ -1,0 +1,63 @@
+"""``tomoe::mask_values``: each token's value mask (eq. 5) on its attention output; one call in C++ on CPUs.
+
+In torch ops it takes some 90 us per layer for one token, most of it their launches; the model has it in every layer.
+"""
+
+import torch
+from torch import Tensor
+
+from tomoe_vllm.hf.tomoe_math import mask_heads, top_mask, value_logits
+
+_LIBRARY = torch.library.Library("tomoe", "FRAGMENT")
+_LIBRARY.define(
+    "mask_values(Tensor attention, Tensor hidden_states, Tensor down_weight, Tensor down_bias, Tensor norm_weight, "
+    "Tensor norm_bias, Tensor up_weight, int width) -> Tensor"
+)
+
+
+def mask_values_reference(
+    attention: Tensor,
+    hidden_states: Tensor,
+    down_weight: Tensor,
+    down_bias: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    up_weight: Tensor,
+    width: int,
+) -> Tensor:
+    """Plain torch, any device and dtype; see :func:`mask_values`."""
+    logits = value_logits(hidden_states, down_weight, down_bias, norm_weight, norm_bias, up_weight)
+    return mask_heads(attention, top_mask(logits, width).to(attention.dtype))
+
+
+_LIBRARY.impl("mask_values", mask_values_reference, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("tomoe::mask_values", lib=_LIBRARY)
+def _fake(attention: Tensor, *others: object) -> Tensor:
+    return torch.empty_like(attention, memory_format=torch.contiguous_format)
+
+
+def mask_values(
+    attention: Tensor,
+    hidden_states: Tensor,
+    down_weight: Tensor,
+    down_bias: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    up_weight: Tensor,
+    width: int,
+) -> Tensor:
+    """Multiply each head of ``attention`` by its token's mask of the ``width`` largest value logits.
+
+    ``attention``: [T, H * A]; ``hidden_states``: [T, D], what q, k and v were projected from, same dtype;
+    ``down_weight``: [R, D]; ``down_bias``, ``norm_weight``, ``norm_bias``: [R]; ``up_weight``: [A, R], all float32.
+    Returns [T, H * A]. On ties it keeps the dims that ``tomoe_math.top_mask`` keeps.
+    """
+    if attention.device.type == "cpu" and attention.dtype != torch.float32:  # the C++ takes float32 alone
+        return mask_values_reference(
+            attention, hidden_states, down_weight, down_bias, norm_weight, norm_bias, up_weight, width
+        )
+    return torch.ops.tomoe.mask_values(
+        attention, hidden_states, down_weight, down_bias, norm_weight, norm_bias, up_weight, width
+    )

@@ -1,0 +1,84 @@
+// Vectors of floats for the CPU kernels: AVX-512, or GCC's portable vectors of 8 floats (AVX2 with -mavx2).
+#pragma once
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
+
+namespace tomoe {
+
+#ifdef __AVX512F__
+// 32 registers: a tile of 24 accumulators leaves room for its operands.
+constexpr int kWidth = 16, kDotTokens = 4, kDotRows = 6, kAxpyTokens = 6;
+using Vec = __m512;
+
+inline __mmask16 first_lanes(int64_t n) { return static_cast<__mmask16>((1u << n) - 1); }
+inline Vec zero() { return _mm512_setzero_ps(); }
+inline Vec broadcast(float value) { return _mm512_set1_ps(value); }
+inline Vec load(const float* p) { return _mm512_loadu_ps(p); }
+inline Vec load_first(const float* p, int64_t n) { return _mm512_maskz_loadu_ps(first_lanes(n), p); }
+inline void store(float* p, Vec v) { _mm512_storeu_ps(p, v); }
+inline void store_first(float* p, Vec v, int64_t n) { _mm512_mask_storeu_ps(p, first_lanes(n), v); }
+inline Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
+
+// Sums of four vectors. The tree is the same for each of the four, so a sum does not depend on its place.
+inline void sum4(const Vec* v, float* out) {
+  const Vec ab = _mm512_add_ps(_mm512_unpacklo_ps(v[0], v[1]), _mm512_unpackhi_ps(v[0], v[1]));
+  const Vec cd = _mm512_add_ps(_mm512_unpacklo_ps(v[2], v[3]), _mm512_unpackhi_ps(v[2], v[3]));
+  const __m512d lo = _mm512_unpacklo_pd(_mm512_castps_pd(ab), _mm512_castps_pd(cd));
+  const __m512d hi = _mm512_unpackhi_pd(_mm512_castps_pd(ab), _mm512_castps_pd(cd));
+  const Vec abcd = _mm512_add_ps(_mm512_castpd_ps(lo), _mm512_castpd_ps(hi));
+  const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(abcd), _mm512_extractf32x8_ps(abcd, 1));
+  _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1)));
+}
+#else
+// 16 registers under AVX2.
+constexpr int kWidth = 8, kDotTokens = 2, kDotRows = 4, kAxpyTokens = 2;
+typedef float Vec __attribute__((vector_size(32)));
+
+inline Vec zero() { return Vec{}; }
+inline Vec broadcast(float value) { return Vec{} + value; }
+inline Vec load(const float* p) { Vec v; std::memcpy(&v, p, sizeof v); return v; }
+inline Vec load_first(const float* p, int64_t n) { Vec v{}; std::memcpy(&v, p, n * sizeof(float)); return v; }
+inline void store(float* p, Vec v) { std::memcpy(p, &v, sizeof v); }
+inline void store_first(float* p, Vec v, int64_t n) { std::memcpy(p, &v, n * sizeof(float)); }
+inline Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }  // contracted to one instruction where there is one
+
+inline void sum4(const Vec* v, float* out) {
+  for (int i = 0; i < 4; ++i)
+    out[i] = ((v[i][0] + v[i][4]) + (v[i][2] + v[i][6])) + ((v[i][1] + v[i][5]) + (v[i][3] + v[i][7]));
+}
+#endif
+
+// ------------------------------------------------------------------------------------------ activations
+// exp(x) to about 1e-7, without a call or a branch so that loops over it become vector code.
+inline float exp_approx(float x) {
+  x = std::min(std::max(x, -87.0f), 88.0f);
+  const float n = std::floor(x * 1.44269504f + 0.5f);
+  const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+  float p = 1.9875691500e-4f;
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1.0f;
+  return p * __builtin_bit_cast(float, (static_cast<int32_t>(n) + 127) << 23);
+}
+
+enum class Activation { kSilu, kRelu, kGelu, kGeluTanh };
+
+template <Activation A>
+inline float activate(float x) {
+  if constexpr (A == Activation::kSilu) return x / (1.0f + exp_approx(-x));
+  if constexpr (A == Activation::kRelu) return x > 0.0f ? x : 0.0f;
+  if constexpr (A == Activation::kGelu) return 0.5f * x * (1.0f + std::erf(x * 0.70710678f));
+  const float y = 0.79788456f * (x + 0.044715f * x * x * x);
+  return x - x / (exp_approx(2.0f * y) + 1.0f);  // 0.5 (1 + tanh y) = 1 - 1 / (e^2y + 1)
+}
+
+}  // namespace tomoe

@@ -1,0 +1,68 @@
+"""Which expert each token takes, and which neurons each expert keeps."""
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig
+from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
+from vllm.model_executor.utils import set_weight_attrs
+
+from tomoe_vllm.hf.tomoe_math import unpack_signature
+from tomoe_vllm.kernels.expert_mlp import neuron_lists
+from tomoe_vllm.kernels.route import route
+
+
+class ToMoEExpertGate(nn.Module):
+    """Routes tokens and holds the expert masks. The router is replicated, the neurons are sharded like gate_up.
+
+    ``signature``: [F / tp, ceil(N / 8)] uint8, the checkpoint's bits; ``expert_masks``: [N, F / tp] in the
+    model's dtype and ``neuron_ids``, ``widths`` (:func:`neuron_lists`), the same as the kernels read it. Until a
+    checkpoint is loaded every expert keeps every neuron (vLLM's ``--load-format dummy`` leaves integers alone).
+    """
+
+    expert_masks: Tensor
+    neuron_ids: Tensor
+    widths: Tensor
+
+    def __init__(self, config: PreTrainedConfig, layer_idx: int, prefix: str) -> None:
+        super().__init__()
+        self.prefix = prefix
+        self.num_experts = config.num_experts
+        self.num_neurons = config.intermediate_size
+        self.width = config.expert_intermediate_sizes[layer_idx]
+        tp_size = get_tensor_model_parallel_world_size()
+        if self.num_neurons % tp_size:
+            raise ValueError(
+                f"tensor parallel size {tp_size} does not divide intermediate_size {self.num_neurons}; "
+                "choose one that does"
+            )
+        num_local = self.num_neurons // tp_size
+        self.router = nn.Linear(config.hidden_size, self.num_experts, bias=False, dtype=torch.float32)
+        signature = torch.full((num_local, -(-self.num_experts // 8)), 0xFF, dtype=torch.uint8)
+        self.signature = nn.Parameter(signature, requires_grad=False)
+        set_weight_attrs(self.signature, {"weight_loader": self._load_signature})
+        self.register_buffer("expert_masks", torch.ones(self.num_experts, num_local), persistent=False)
+        for name, lists in zip(("neuron_ids", "widths"), neuron_lists(self.expert_masks), strict=True):
+            self.register_buffer(name, lists, persistent=False)
+
+    def _load_signature(self, parameter: nn.Parameter, loaded: Tensor) -> None:
+        shape = (self.num_neurons, parameter.shape[1])
+        if loaded.shape != shape or loaded.dtype != torch.uint8:
+            raise ValueError(
+                f"{self.prefix}.signature is {loaded.dtype} {list(loaded.shape)}; it must be uint8 {list(shape)}"
+            )
+        masks = unpack_signature(loaded, self.num_experts)
+        widths = masks.sum(dim=1).tolist()
+        if any(width != self.width for width in widths):
+            raise ValueError(
+                f"{self.prefix}.signature gives experts of {widths} neurons; config.json says {self.width}. "
+                "Export the checkpoint again"
+            )
+        num_local = parameter.shape[0]
+        start = get_tensor_model_parallel_rank() * num_local
+        parameter.data.copy_(loaded.narrow(0, start, num_local))
+        self.expert_masks.copy_(masks.narrow(1, start, num_local))
+        self.neuron_ids, self.widths = neuron_lists(self.expert_masks)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """Expert of each token: [T, D] -> [T] int64."""
+        return route(hidden_states, self.router.weight)
