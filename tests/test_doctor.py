@@ -35,7 +35,7 @@ def test_without_a_gpu_it_says_so_and_fails(run_cli):
 
 
 def test_interpreter_runs_every_check_and_keeps_nothing(run_cli, tmp_path, monkeypatch):
-    monkeypatch.setenv("TOMOE_CACHE", str(tmp_path))
+    monkeypatch.setenv("TOMOE_CACHE_ROOT", str(tmp_path))
     code, out, err = run_cli("doctor", "--interpret")
     assert code == 1, "no GPU was checked"
     facts = json.loads(out.splitlines()[-1])
@@ -63,7 +63,7 @@ def test_verdict_of_a_gpu_is_kept(monkeypatch, tmp_path):
     kernel_checks = pytest.importorskip("tomoe_vllm.kernel_checks", reason="Triton is in the dev extra")
     from tomoe_vllm.kernels.expert_mlp.verdict import read_verdict
 
-    monkeypatch.setenv("TOMOE_CACHE", str(tmp_path))
+    monkeypatch.setenv("TOMOE_CACHE_ROOT", str(tmp_path))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=0: "NVIDIA A100-SXM4-80GB")
     wrong = kernel_checks.Check(

@@ -10,7 +10,7 @@ DEVICE = "NVIDIA A100-SXM4-80GB"
 
 @pytest.fixture(autouse=True)
 def cache_folder(tmp_path, monkeypatch):
-    monkeypatch.setenv("TOMOE_CACHE", str(tmp_path))
+    monkeypatch.setenv("TOMOE_CACHE_ROOT", str(tmp_path))
     return tmp_path
 
 

@@ -5,8 +5,8 @@ quantization and LoRA work as for the dense model; no FLOP is saved. ``shared``:
 rows, of which a token reads its expert's only (``layers/shared_mlp.py``).
 
 ``expert_layout`` of the config chooses (``--hf-overrides '{"expert_layout": "masked"}'``); by default, ``auto``, the
-shared layout is taken wherever it is known to be the faster one: float32 weights on a CPU, neither quantized nor
-under LoRA, with a C++ compiler.
+shared layout is taken wherever it works: weights neither quantized nor under LoRA; on a CPU float32 and a C++
+compiler; on a GPU after `tomoe doctor` found its kernels right there.
 """
 
 import logging
@@ -23,6 +23,7 @@ from vllm.platforms import current_platform
 from tomoe_vllm.hf.configuration_tomoe import block_shape
 from tomoe_vllm.kernels import native
 from tomoe_vllm.kernels.expert_activation import expert_activation, require_activation
+from tomoe_vllm.kernels.expert_mlp.verdict import read_verdict
 from tomoe_vllm.layers.expert_gate import ToMoEExpertGate
 from tomoe_vllm.layers.shared_mlp import ToMoESharedMLP
 
@@ -37,12 +38,27 @@ def obstacle_to_shared(quant_config: QuantizationConfig | None) -> str | None:
         return f"the checkpoint is quantized ({quant_config.get_name()})"
     if get_current_vllm_config().lora_config is not None:
         return "LoRA adapters wrap vLLM's own linears"
+    if current_platform.is_cuda():
+        return obstacle_on_gpu(current_platform.get_device_name())
     if not current_platform.is_cpu():
-        return "its kernels are not yet checked on this platform"
+        return "it has no kernels for this platform"
     if (dtype := torch.get_default_dtype()) != torch.float32:
         return f"its CPU kernels take float32 and the model's dtype is {str(dtype).removeprefix('torch.')}"
     if not native.load():
         return "its CPU kernels could not be compiled"
+    return None
+
+
+def obstacle_on_gpu(device: str) -> str | None:
+    """Why the shared layout cannot be used on the GPU ``device`` (torch's name), or None and its kernels are loaded."""
+    verdict = read_verdict(device)
+    if verdict is None:
+        return f"its GPU kernels were not checked on this {device}; run: tomoe doctor"
+    if not verdict.agrees:
+        return f"`tomoe doctor` found its GPU kernels wrong on this {device}: {verdict.failures[0]}"
+    from tomoe_vllm.kernels.expert_mlp import cuda  # imports triton
+
+    cuda.load()
     return None
 
 

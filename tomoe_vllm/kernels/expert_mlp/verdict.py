@@ -6,7 +6,7 @@ The layer calls :func:`read_verdict` once per process, where it chooses its layo
     verdict.agrees      gather and grouped may be used
     not verdict.agrees  the shared layout is refused; ``verdict.failures`` says why
 
-One JSON file per kind of GPU in $TOMOE_CACHE, or ~/.cache/tomoe.
+One JSON file per kind of GPU, where the compiled kernels are kept (``native.cache_folder``).
 """
 
 import hashlib
@@ -17,6 +17,8 @@ from dataclasses import asdict, dataclass
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+
+from tomoe_vllm.kernels.native import cache_folder
 
 _KERNELS = Path(__file__).parents[1]
 
@@ -47,8 +49,7 @@ def kernel_digest() -> str:
 
 def verdict_file(device: str) -> Path:
     """Where the verdict about ``device`` (torch's name, "NVIDIA A100-SXM4-80GB") is kept."""
-    folder = Path(os.environ.get("TOMOE_CACHE") or Path.home() / ".cache" / "tomoe")
-    return folder / f"doctor-{re.sub(r'[^A-Za-z0-9]+', '_', device)}.json"
+    return cache_folder() / f"doctor-{re.sub(r'[^A-Za-z0-9]+', '_', device)}.json"
 
 
 def write_verdict(device: str, failures: list[str]) -> Path:
