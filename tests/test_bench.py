@@ -46,9 +46,9 @@ def test_summary_is_median_and_quartiles():
     ],
 )
 def test_misuse_is_one_line(run_cli, arguments, message):
-    result = run_cli("bench", *arguments)
-    assert result.returncode == 2
-    assert message in result.stderr
+    code, out, err = run_cli("bench", *arguments)
+    assert (code, out) == (2, "")
+    assert message in err
 
 
 @pytest.mark.engine
