@@ -266,3 +266,12 @@ def test_thresholds_of_this_device_are_read_from_the_named_folder(monkeypatch, t
             load_thresholds()
     finally:
         load_thresholds.cache_clear()
+
+
+@pytest.mark.parametrize("num_floats", [1, 1000, 3 << 20])
+def test_huge_pages_are_asked_for_without_touching_the_tensor(num_floats):
+    from tomoe_vllm.kernels.native import prefer_huge_pages
+
+    tensor = torch.arange(num_floats, dtype=torch.float32)
+    assert prefer_huge_pages(tensor) is tensor
+    assert torch.equal(tensor, torch.arange(num_floats, dtype=torch.float32))

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from itertools import cycle
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from tomoe_vllm.bench.measure import gemm_rate, interleave, read_bandwidth, summary
@@ -36,18 +37,21 @@ class Layer:
         from vllm import _custom_ops as ops
 
         hidden, neurons, width = shape.hidden_size, shape.intermediate_size, shape.expert_width
-        self.up = torch.randn(2 * neurons, hidden, generator=generator) * hidden**-0.5
-        self.down = torch.randn(neurons, hidden, generator=generator) * neurons**-0.5
+        self.up = _random_rows(2 * neurons, hidden, generator).mul_(hidden**-0.5)
+        self.down = _random_rows(neurons, hidden, generator).mul_(neurons**-0.5)
         order = torch.rand(shape.num_experts, neurons, generator=generator).argsort(dim=1)
         self.masks = torch.zeros(shape.num_experts, neurons).scatter_(1, order[:, :width], 1.0)
         self.neuron_ids, self.widths = neuron_lists(self.masks)
         self.packed_up = ops.create_onednn_mm(self.up.t(), 32)
         self.packed_down = ops.create_onednn_mm(self.down, 32)
         if "fused" in ways:
-            experts = self.neuron_ids.long()
-            w13 = torch.stack([torch.cat([self.up[ids], self.up[neurons + ids]]) for ids in experts])
-            self.w13 = ops.cpu_prepack_moe_weight(w13, "vec")
-            self.w2 = ops.cpu_prepack_moe_weight(torch.stack([self.down[i].T.contiguous() for i in experts]), "vec")
+            padding = -width % 32  # the kernel takes whole multiples, and vLLM pads in the same way
+            gate, up, down = (
+                F.pad(torch.stack([rows[ids] for ids in self.neuron_ids.long()]), (0, 0, 0, padding))
+                for rows in (self.up[:neurons], self.up[neurons:], self.down)
+            )
+            self.w13 = ops.cpu_prepack_moe_weight(torch.cat([gate, up], dim=1), "vec")
+            self.w2 = ops.cpu_prepack_moe_weight(down.mT.contiguous(), "vec")
 
     def dense(self, x: Tensor) -> Tensor:
         from vllm import _custom_ops as ops
@@ -75,6 +79,11 @@ class Layer:
         weights = torch.ones(len(x), 1)
         ops.cpu_fused_moe(output, x, self.w13, self.w2, None, None, weights, expert_ids[:, None].int(), "silu", "vec")
         return output
+
+
+def _random_rows(rows: int, columns: int, generator: torch.Generator) -> Tensor:
+    """As the layer allocates its weights."""
+    return native.prefer_huge_pages(torch.empty(rows, columns)).normal_(generator=generator)
 
 
 Call = Callable[[Layer], Tensor]

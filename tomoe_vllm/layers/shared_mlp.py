@@ -19,6 +19,7 @@ from tomoe_vllm.hf.configuration_tomoe import block_shape
 from tomoe_vllm.kernels.expert_activation import require_activation
 from tomoe_vllm.kernels.expert_mlp import expert_mlp
 from tomoe_vllm.kernels.expert_mlp.thresholds import load_thresholds
+from tomoe_vllm.kernels.native import prefer_huge_pages
 from tomoe_vllm.layers.expert_gate import ToMoEExpertGate
 
 
@@ -38,7 +39,7 @@ class NeuronRows(nn.Module):
         self.start = get_tensor_model_parallel_rank() * self.num_local
         self.is_transposed = is_transposed
         num_rows = num_parts * self.num_local
-        self.weight = nn.Parameter(torch.empty(num_rows, hidden_size), requires_grad=False)
+        self.weight = nn.Parameter(prefer_huge_pages(torch.empty(num_rows, hidden_size)), requires_grad=False)
         set_weight_attrs(self.weight, {"weight_loader": self._load_weight})
         self.bias: nn.Parameter | None = None
         if has_bias:
