@@ -9,7 +9,9 @@ from tests.parity.conftest import make_prompts, start_engine
 from tomoe_vllm.bench.checkpoints import write_dense, write_tomoe
 from tomoe_vllm.bench.measure import interleave, summary
 from tomoe_vllm.bench.shapes import SHAPES, Shape, shape_of
+from tomoe_vllm.bench.tune import NEVER, best
 from tomoe_vllm.kernels import native
+from tomoe_vllm.kernels.expert_mlp.thresholds import SHIPPED_FOLDER
 
 TINY = Shape(
     hidden_size=128, intermediate_size=96, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=32, vocab_size=96
@@ -84,10 +86,33 @@ def test_ways_of_the_op_agree_before_they_are_timed(monkeypatch):
         op.bench_op(TINY, ("dense", "masked", "shared"))
 
 
-def test_tuning_takes_the_cheapest_pair():
-    from tomoe_vllm.bench.tune import GROUP_TOKENS, NUM_TOKENS, best
-
-    times = {(g, s, m): 2.0 for g in GROUP_TOKENS for s in (0, 1) for m in NUM_TOKENS}
-    times |= {(4, 1, m): 1.0 for m in NUM_TOKENS if m <= 8} | {(4, 0, m): 1.0 for m in NUM_TOKENS if m > 8}
+@pytest.mark.parametrize(
+    ("gather", "grouped", "expected"),
+    [
+        pytest.param([0.5, 0.7, 1.1, 3.0], [3.0, 2.0, 0.9, 0.5], (2, 256), id="as the cost model has it"),
+        pytest.param([1.0, 0.5, 0.5, 0.5], [0.5, 0.5, 0.5, 1.0], (0, NEVER), id="not better at the end: never"),
+        pytest.param([0.5, 0.5, 0.5, 0.5], [0.4, 0.4, 0.4, 0.4], (1024, NEVER), id="gather is asked first"),
+        pytest.param([0.5, 2.0, 0.5, 2.0], [2.0, 0.5, 2.0, 0.5], (1, 1024), id="one fast point proves nothing"),
+    ],
+)
+def test_tuning_leaves_the_masked_way_only_where_another_was_faster(gather, grouped, expected):
+    sizes = (1, 2, 256, 1024)
+    times = {"masked": dict.fromkeys(sizes, 1.0)}
+    times |= {
+        name: dict(zip(sizes, values, strict=True)) for name, values in (("gather", gather), ("grouped", grouped))
+    }
     thresholds = best(times)
-    assert (thresholds.group_tokens, thresholds.streamed_tokens) == (4, 8)
+    assert (thresholds.gather_tokens, thresholds.grouped_tokens) == expected
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to tune")
+def test_tuning_a_cpu_is_misuse(run_cli, tmp_path):
+    code, out, err = run_cli("tune", "--out", tmp_path)
+    assert (code, out) == (2, "")
+    assert "tomoe tune needs a GPU; on CPUs one way serves every number of tokens" in err
+
+
+def test_a_gpu_that_was_not_measured_takes_the_masked_way():
+    values = json.loads((SHIPPED_FOLDER / "default.json").read_text())
+    assert values["gather_tokens"] == 0
+    assert values["grouped_tokens"] >= NEVER

@@ -1,26 +1,15 @@
 """The expert MLP: each of its ways through the weights against the plain-torch reference."""
 
-import itertools
-
 import pytest
 import torch
 
 from tests.helpers.compare import assert_close, relative_rms
 from tomoe_vllm.kernels import native
-from tomoe_vllm.kernels.expert_mlp import expert_mlp, neuron_lists
+from tomoe_vllm.kernels.expert_mlp import expert_mlp, neuron_lists, row_padding
 from tomoe_vllm.kernels.expert_mlp.reference import expert_mlp_reference
 from tomoe_vllm.kernels.expert_mlp.thresholds import Thresholds, load_thresholds
 
-WAYS = {
-    "one expert per group, streamed": (1, 10_000),
-    "one expert per group, packed": (1, 1),
-    "merged groups, streamed": (4, 10_000),
-    "as shipped": (8, 8),
-}
-"""group_tokens and streamed_tokens: together they reach every loop of the C++."""
-
-
-THRESHOLDS = Thresholds(group_tokens=8, streamed_tokens=8)
+THRESHOLDS = Thresholds(gather_tokens=0, grouped_tokens=1)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -57,8 +46,8 @@ def make_case(tokens, hidden, neurons, experts, *, is_gated=True, has_bias=False
     ]
 
 
-def run(case, way, activation="silu"):
-    return torch.ops.tomoe.expert_mlp(*case, activation, *WAYS[way])
+def run(case, activation="silu"):
+    return torch.ops.tomoe.expert_mlp(*case, activation, 0, 1)
 
 
 def expected_output(case, activation="silu"):
@@ -79,55 +68,60 @@ CASES = [
     pytest.param({"tokens": 1100, "hidden": 32, "neurons": 40, "experts": 3}, id="more tokens than a pass"),
     pytest.param({"tokens": 19, "hidden": 2100, "neurons": 40, "experts": 3}, id="more columns than a slice of k"),
     pytest.param({"tokens": 5, "hidden": 64, "neurons": 96, "experts": 8, "keep": 1.0}, id="every neuron kept"),
+    pytest.param({"tokens": 17, "hidden": 96, "neurons": 700, "experts": 4}, id="many blocks, next one fetched"),
+    pytest.param({"tokens": 9, "hidden": 4100, "neurons": 30, "experts": 2}, id="three slices of columns"),
 ]
 
 
-@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("shape", CASES)
-def test_equals_the_reference(shape, way, threads):
+def test_equals_the_reference(shape, threads):
     case = make_case(**shape)
     before = [t.clone() if t is not None else None for t in case]
-    actual = run(case, way)
+    actual = run(case)
     assert actual.is_contiguous()
     assert actual.dtype == torch.float32
     assert_close(actual, expected_output(case), 1e-5)
     assert all(a is b or torch.equal(a, b) for a, b in zip(before, case, strict=True)), "inputs belong to the caller"
 
 
-@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize(("is_gated", "has_bias"), [(True, True), (True, False), (False, True), (False, False)])
 @pytest.mark.parametrize("activation", ["silu", "relu", "gelu", "gelu_new"])
-def test_activations_gates_and_biases(activation, is_gated, has_bias, way):
+def test_activations_gates_and_biases(activation, is_gated, has_bias):
     case = make_case(21, 48, 70, 5, is_gated=is_gated, has_bias=has_bias)
     case[0] *= 3
-    assert_close(run(case, way, activation), expected_output(case, activation), 1e-5)
+    assert_close(run(case, activation), expected_output(case, activation), 1e-5)
 
 
 def test_a_token_does_not_depend_on_its_batch_not_even_in_the_last_bit(threads):
     case = make_case(50, 1100, 130, 8)
-    whole = run(case, "as shipped")
-    for way, size in itertools.product(WAYS, (1, 2, 5, 13, 50)):
-        parts = [
-            run([case[0][t : t + size], case[1][t : t + size], *case[2:]], way) for t in range(0, len(whole), size)
-        ]
-        assert torch.equal(torch.cat(parts), whole), (way, size)
+    whole = run(case)
+    for size in (1, 2, 5, 13, 50):
+        parts = [run([case[0][t : t + size], case[1][t : t + size], *case[2:]]) for t in range(0, len(whole), size)]
+        assert torch.equal(torch.cat(parts), whole), size
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_experts_without_neurons_give_zero(way):
-    assert torch.equal(run(make_case(5, 64, 96, 8, keep=0.0), way), torch.zeros(5, 64))
+def test_experts_without_neurons_give_zero():
+    assert torch.equal(run(make_case(5, 64, 96, 8, keep=0.0)), torch.zeros(5, 64))
+
+
+@pytest.mark.parametrize("hidden", [576, 2048])
+def test_rows_of_w_down_may_lie_apart(hidden):
+    case = make_case(6, hidden, 96, 8)
+    apart = torch.full((96, hidden + row_padding(hidden)), torch.nan)[:, :hidden].copy_(case[4])
+    assert torch.equal(run([*case[:4], apart, *case[5:]]), run(case))
+    assert (row_padding(576), row_padding(2048)) == (0, 16)
 
 
 def test_strided_input_is_taken():
     case = make_case(6, 64, 96, 8)
     wide = torch.randn(6, 128)
     wide[:, ::2] = case[0]
-    assert torch.equal(run([wide[:, ::2], *case[1:]], "as shipped"), run(case, "as shipped"))
+    assert torch.equal(run([wide[:, ::2], *case[1:]]), run(case))
 
 
 def test_no_token_gives_no_row():
     case = make_case(0, 64, 96, 8)
-    assert run(case, "as shipped").shape == (0, 64)
+    assert run(case).shape == (0, 64)
 
 
 @pytest.mark.parametrize(
@@ -142,10 +136,10 @@ def test_no_token_gives_no_row():
 def test_tolerance_catches_small_faults(break_it):
     case = make_case(64, 96, 400, 8)
     expected = expected_output(case)
-    assert max(relative_rms(run(case, "as shipped"), expected)) < 1e-5
+    assert max(relative_rms(run(case), expected)) < 1e-5
     broken = [t.clone() if t is not None else None for t in case]
     break_it(broken)
-    assert max(relative_rms(run(broken, "one expert per group, packed"), expected)) > 1e-3
+    assert max(relative_rms(run(broken), expected)) > 1e-3
 
 
 def test_portable_vectors_agree_too(tmp_path):
@@ -159,9 +153,8 @@ import tests.test_expert_mlp as t
 import tomoe_vllm.kernels.route
 torch.ops.load_library({str(library)!r})
 for case in t.CASES:
-    for way in t.WAYS:
-        made = t.make_case(**case.values[0])
-        t.assert_close(t.run(made, way), t.expected_output(made), 1e-5)
+    made = t.make_case(**case.values[0])
+    t.assert_close(t.run(made), t.expected_output(made), 1e-5)
 print("all")
 """
     result = python("-c", code, env=environment())
@@ -228,9 +221,9 @@ def test_shapes_that_do_not_belong_together_are_refused(index, change, message):
 def test_what_the_kernel_cannot_read_is_refused():
     case = make_case(5, 64, 96, 8)
     with pytest.raises(RuntimeError, match=r"expert_ids\[2\] is 8; there are 8 experts"):
-        run([case[0], torch.tensor([0, 1, 8, 0, 0]), *case[2:]], "as shipped")
+        run([case[0], torch.tensor([0, 1, 8, 0, 0]), *case[2:]])
     with pytest.raises(RuntimeError, match="takes float32"):
-        run([case[0].bfloat16(), *case[1:]], "as shipped")
+        run([case[0].bfloat16(), *case[1:]])
 
 
 def test_without_a_compiler_it_says_so_and_stays_in_torch(monkeypatch, caplog):
@@ -257,12 +250,12 @@ def test_thresholds_of_this_device_are_read_from_the_named_folder(monkeypatch, t
     monkeypatch.setenv("TOMOE_TUNED_CONFIG_FOLDER", str(tmp_path))
     file = tmp_path / f"{device_name()}.json"
     try:
-        file.write_text('{"group_tokens": 3, "streamed_tokens": 5}')
+        file.write_text('{"gather_tokens": 3, "grouped_tokens": 5}')
         load_thresholds.cache_clear()
-        assert load_thresholds() == Thresholds(group_tokens=3, streamed_tokens=5)
-        file.write_text('{"group_tokens": 3}')
+        assert load_thresholds() == Thresholds(gather_tokens=3, grouped_tokens=5)
+        file.write_text('{"gather_tokens": 3}')
         load_thresholds.cache_clear()
-        with pytest.raises(ValueError, match="it must hold group_tokens, streamed_tokens"):
+        with pytest.raises(ValueError, match="it must hold gather_tokens, grouped_tokens"):
             load_thresholds()
     finally:
         load_thresholds.cache_clear()

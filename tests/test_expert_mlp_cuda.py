@@ -51,7 +51,7 @@ def test_number_of_tokens_chooses_the_way(num_tokens, expected, monkeypatch):
     monkeypatch.setattr(cuda, "expert_mlp_grouped", stand_in("grouped"))
     monkeypatch.setattr(cuda, "expert_activation_triton", masked)
     problem = _problem(num_tokens)
-    out = cuda.expert_mlp_cuda(*problem, 1, 1)
+    out = cuda.expert_mlp_cuda(*problem, 3, 640)
     assert taken == [expected]
     assert_close(out, expert_mlp_reference(*problem[:6], problem[-1]))
 

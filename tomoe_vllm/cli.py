@@ -209,15 +209,16 @@ def bench(
 @app.command()
 def tune(
     out: Annotated[
-        Path, typer.Option(help="Folder for this device's table; TOMOE_TUNED_CONFIG_FOLDER names it later.")
-    ],
-    shape: Annotated[str, typer.Option(help="Shape to measure: 135m, 1b or 7b-layer.")] = "1b",
+        Path | None, typer.Option(help="Folder for this device's table. [default: where the op reads it]")
+    ] = None,
+    shape: Annotated[str, typer.Option(help="Shape to measure: 135m, 1b or 7b-layer.")] = "7b-layer",
 ) -> None:
-    """Measure on this CPU where the expert MLP should change its way through the weights."""
+    """Measure on this GPU where the expert MLP should change its way through the weights."""
     from tomoe_vllm.bench.shapes import shape_of
     from tomoe_vllm.bench.tune import tune as run_tuning
+    from tomoe_vllm.kernels.expert_mlp.thresholds import tuned_folder
 
-    _result(run_tuning(shape_of(shape), out) | {"backend": "vllm"})
+    _result(run_tuning(shape_of(shape), out or tuned_folder()))
 
 
 @evaluation.command("ppl")

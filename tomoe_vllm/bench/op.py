@@ -22,8 +22,8 @@ from tomoe_vllm.bench.measure import gemm_rate, interleave, read_bandwidth, summ
 from tomoe_vllm.bench.shapes import Shape
 from tomoe_vllm.kernels import native
 from tomoe_vllm.kernels.expert_activation import expert_activation
-from tomoe_vllm.kernels.expert_mlp import expert_mlp, neuron_lists
-from tomoe_vllm.kernels.expert_mlp.thresholds import Thresholds, load_thresholds
+from tomoe_vllm.kernels.expert_mlp import expert_mlp, neuron_lists, row_padding
+from tomoe_vllm.kernels.expert_mlp.thresholds import load_thresholds
 
 NUM_TOKENS = (1, 2, 4, 8, 16, 64, 256, 1024)
 WALKED_BYTES = 400 << 20
@@ -39,6 +39,8 @@ class Layer:
         hidden, neurons, width = shape.hidden_size, shape.intermediate_size, shape.expert_width
         self.up = _random_rows(2 * neurons, hidden, generator).mul_(hidden**-0.5)
         self.down = _random_rows(neurons, hidden, generator).mul_(neurons**-0.5)
+        padded = native.prefer_huge_pages(torch.empty(neurons, hidden + row_padding(hidden)))
+        self.rows_apart = padded[:, :hidden].copy_(self.down)
         order = torch.rand(shape.num_experts, neurons, generator=generator).argsort(dim=1)
         self.masks = torch.zeros(shape.num_experts, neurons).scatter_(1, order[:, :width], 1.0)
         self.neuron_ids, self.widths = neuron_lists(self.masks)
@@ -67,10 +69,10 @@ class Layer:
         projected = ops.onednn_mm(self.packed_up, x, None)
         return ops.onednn_mm(self.packed_down, expert_activation(projected, expert_ids, self.masks, "silu"), None)
 
-    def shared(self, x: Tensor, expert_ids: Tensor, thresholds: Thresholds) -> Tensor:
-        return expert_mlp(
-            x, expert_ids, self.up, None, self.down, self.masks, self.neuron_ids, self.widths, "silu", thresholds
-        )
+    def shared(self, x: Tensor, expert_ids: Tensor) -> Tensor:
+        lists = self.neuron_ids, self.widths
+        thresholds = load_thresholds()
+        return expert_mlp(x, expert_ids, self.up, None, self.rows_apart, self.masks, *lists, "silu", thresholds)
 
     def fused(self, x: Tensor, expert_ids: Tensor) -> Tensor:
         from vllm import _custom_ops as ops
@@ -116,13 +118,12 @@ def bench_op(shape: Shape, ways: tuple[str, ...] = ("dense", "shared", "masked",
         raise RuntimeError("the CPU kernels could not be compiled, so there is nothing to compare; install g++")
     bandwidth, rate = read_bandwidth(), gemm_rate()
     layers = make_layers(shape, ways)
-    thresholds = load_thresholds()
     generator = torch.Generator().manual_seed(1)
     rows = []
     for num_tokens in NUM_TOKENS:
         x = torch.randn(num_tokens, shape.hidden_size, generator=generator)
         expert_ids = torch.randint(shape.num_experts, (num_tokens,), generator=generator)
-        calls: dict[str, Call] = {name: _call(name, x, expert_ids, thresholds) for name in ways}
+        calls: dict[str, Call] = {name: _call(name, x, expert_ids) for name in ways}
         _check(calls, layers[0])
         samples = interleave(
             {name: _walk(call, layers) for name, call in calls.items()},
@@ -142,11 +143,9 @@ def bench_op(shape: Shape, ways: tuple[str, ...] = ("dense", "shared", "masked",
     }
 
 
-def _call(way: str, x: Tensor, expert_ids: Tensor, thresholds: Thresholds) -> Call:
+def _call(way: str, x: Tensor, expert_ids: Tensor) -> Call:
     if way == "dense":
         return lambda layer: layer.dense(x)
-    if way == "shared":
-        return lambda layer: layer.shared(x, expert_ids, thresholds)
     return lambda layer: getattr(layer, way)(x, expert_ids)
 
 

@@ -1,66 +1,82 @@
-"""``tomoe tune``: measures where the expert MLP should change its way, and writes this device's table."""
+"""``tomoe tune``: measures on this GPU where the expert MLP should change its way, and writes the device's table."""
 
 import json
-import statistics
 import sys
+from collections.abc import Callable
 from dataclasses import asdict
-from itertools import product
+from functools import partial
 from pathlib import Path
 
 import torch
 
-from tomoe_vllm.bench.measure import interleave
-from tomoe_vllm.bench.op import make_layers
 from tomoe_vllm.bench.shapes import Shape
-from tomoe_vllm.kernels import native
+from tomoe_vllm.kernels.expert_mlp import neuron_lists
 from tomoe_vllm.kernels.expert_mlp.thresholds import Thresholds, device_name
 
-NUM_TOKENS = (1, 2, 4, 8, 16, 32, 64)
-GROUP_TOKENS, STREAMED_TOKENS = (1, 2, 4, 6, 8), (1, 2, 4, 8, 16, 32)
+NUM_TOKENS = (1, 2, 3, 4, 6, 8, 128, 192, 256, 384, 512, 640, 768, 1024, 1536, 2048, 4096)
+"""Where the cost model says that the ways may change places (docs/performance.md)."""
+NEVER = 1_000_000_000
 
 
-def best(times: dict[tuple[int, int, int], float]) -> Thresholds:
-    """The pair whose times, relative to the best at each number of tokens, have the smallest sum.
+def best(times: dict[str, dict[int, float]]) -> Thresholds:
+    """The thresholds that measured times ask for; ``times``: of each way, seconds by number of tokens.
 
-    ``times``: seconds by (group_tokens, streams, num_tokens), ``streams`` 1 where W_down is streamed, 0 packed.
+    A way is taken only where it was measured faster than the masked one, at that number of tokens and at all measured
+    on its side: gather at all smaller, grouped at all larger ones.
     """
-    fastest = {m: min(t for (_, _, n), t in times.items() if n == m) for (_, _, m) in times}
+    sizes = sorted(times["masked"])
+    gather, grouped = 0, NEVER
+    for size in sizes:
+        if times["gather"][size] >= times["masked"][size]:
+            break
+        gather = size
+    for size in reversed(sizes):
+        if times["grouped"][size] >= times["masked"][size] or size <= gather:
+            break
+        grouped = size
+    return Thresholds(gather_tokens=gather, grouped_tokens=grouped)
 
-    def cost(pair: tuple[int, int]) -> float:
-        group, streamed = pair
-        return sum(times[group, int(m <= streamed), m] / fastest[m] for m in fastest)
 
-    group, streamed = min(product(sorted({g for g, _, _ in times}), STREAMED_TOKENS), key=cost)
-    return Thresholds(group_tokens=group, streamed_tokens=streamed)
+def tune(shape: Shape, folder: Path) -> dict:
+    """Measure on a random layer of ``shape``, bfloat16, and write ``folder/<device>.json``.
 
-
-def tune(shape: Shape, folder: Path, rounds: int = 15) -> dict:
-    """Measure on random layers of ``shape`` and write ``folder/<device>.json``.
-
-    Raises ``RuntimeError`` without a C++ compiler.
+    Raises ``ValueError`` without a GPU: on CPUs one way serves every number of tokens.
     """
-    if not native.load():
-        raise RuntimeError("the CPU kernels could not be compiled, so there is nothing to tune; install g++")
-    layers = make_layers(shape, ("shared",))
-    generator = torch.Generator().manual_seed(1)
-    times = {}
-    for num_tokens in NUM_TOKENS:
-        x = torch.randn(num_tokens, shape.hidden_size, generator=generator)
-        ids = torch.randint(shape.num_experts, (num_tokens,), generator=generator)
-        ways = {}
-        for group, streams in product(GROUP_TOKENS, (0, 1)):
-            thresholds = Thresholds(group_tokens=group, streamed_tokens=num_tokens if streams else 1)
-            ways[f"{group} {streams}"] = lambda x=x, ids=ids, thresholds=thresholds: [
-                layer.shared(x, ids, thresholds) for layer in layers
-            ]
-        for name, samples in interleave(ways, rounds).items():
-            group, streams = map(int, name.split())
-            times[group, streams if num_tokens > 1 else 1, num_tokens] = statistics.median(samples)
-        if num_tokens == 1:  # one token is streamed whatever the threshold
-            times |= {(group, 0, 1): times[group, 1, 1] for group in GROUP_TOKENS}
-        print(f"{num_tokens} tokens measured", file=sys.stderr)
+    if not torch.cuda.is_available():
+        raise ValueError("tomoe tune needs a GPU; on CPUs one way serves every number of tokens")
+    times: dict[str, dict[int, float]] = {}
+    for size in NUM_TOKENS:
+        for name, way in _ways(shape, size).items():
+            times.setdefault(name, {})[size] = _seconds(way)
+        print(f"{size} tokens measured", file=sys.stderr)
     thresholds = best(times)
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / f"{device_name()}.json"
     file.write_text(json.dumps(asdict(thresholds)) + "\n")
-    return {"file": str(file)} | asdict(thresholds)
+    return {"file": str(file), "seconds": times} | asdict(thresholds)
+
+
+def _ways(shape: Shape, num_tokens: int) -> dict[str, Callable[[], object]]:
+    """Each way of the op, by thresholds that leave no other."""
+    from tomoe_vllm.kernels.expert_mlp.cuda import expert_mlp_cuda
+
+    generator = torch.Generator(device="cuda").manual_seed(0)
+    hidden, neurons = shape.hidden_size, shape.intermediate_size
+
+    def random(*size: int) -> torch.Tensor:
+        return torch.randn(*size, generator=generator, device="cuda", dtype=torch.bfloat16) * hidden**-0.5
+
+    order = torch.rand(shape.num_experts, neurons, generator=generator, device="cuda").argsort(dim=1)
+    masks = torch.zeros(shape.num_experts, neurons, device="cuda", dtype=torch.bfloat16)
+    masks.scatter_(1, order[:, : shape.expert_width], 1.0)
+    ids = torch.randint(shape.num_experts, (num_tokens,), generator=generator, device="cuda")
+    x, up, down = random(num_tokens, hidden), random(2 * neurons, hidden), random(neurons, hidden)
+    arguments = (x, ids, up, None, down, masks, *neuron_lists(masks), "silu")
+    limits = {"gather": (NEVER, NEVER), "masked": (0, NEVER), "grouped": (0, 0)}
+    return {name: partial(expert_mlp_cuda, *arguments, *pair) for name, pair in limits.items()}
+
+
+def _seconds(way: Callable[[], object]) -> float:
+    from tomoe_vllm.kernel_checks import capture, median_ms
+
+    return 1e-3 * median_ms(capture(way)[0])

@@ -4,11 +4,12 @@
 
 namespace tomoe {
 
-// R rows by T tokens, lanes over k. ``out[r][t * token_stride]`` is set, or added to.
+// R rows by T tokens, lanes over k. ``out[r][t * token_stride]`` is set, or added to. Meanwhile the same columns of
+// ``num_next`` rows ``next`` are fetched into L2.
 // A sum's order depends on [begin, end) alone, not on T or R.
-template <int T, int R, bool kPrefetch>
+template <int T, int R>
 void dot_tile(const float* const* w, const float* const* x, int64_t begin, int64_t end, const float* const* next,
-              float* const* out, int64_t token_stride, bool is_first) {
+              int num_next, float* const* out, int64_t token_stride, bool is_first) {
   Vec sums[(R * T + 3) / 4 * 4];
 #pragma GCC unroll 32
   for (int i = 0; i < (R * T + 3) / 4 * 4; ++i) sums[i] = zero();
@@ -17,9 +18,10 @@ void dot_tile(const float* const* w, const float* const* x, int64_t begin, int64
     Vec tokens[T];
 #pragma GCC unroll 8
     for (int t = 0; t < T; ++t) tokens[t] = load(x[t] + k);
+    if (k % 16 == 0)
+      for (int n = 0; n < num_next; ++n) __builtin_prefetch(next[n] + k, 0, 2);
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
-      if constexpr (kPrefetch) __builtin_prefetch(next[r] + k, 0, 2);
       const Vec row = load(w[r] + k);
 #pragma GCC unroll 8
       for (int t = 0; t < T; ++t) sums[r * T + t] = fma(row, tokens[t], sums[r * T + t]);
@@ -45,16 +47,16 @@ void dot_tile(const float* const* w, const float* const* x, int64_t begin, int64
     }
 }
 
-using DotTile = void (*)(const float* const*, const float* const*, int64_t, int64_t, const float* const*,
+using DotTile = void (*)(const float* const*, const float* const*, int64_t, int64_t, const float* const*, int,
                          float* const*, int64_t, bool);
 
-template <bool kPrefetch, int T = kDotTokens, int R = kDotRows>
+template <int T = kDotTokens, int R = kDotRows>
 DotTile dot_tile_of(int tokens, int rows) {
   if constexpr (T > 1)
-    if (tokens < T) return dot_tile_of<kPrefetch, T - 1, R>(tokens, rows);
+    if (tokens < T) return dot_tile_of<T - 1, R>(tokens, rows);
   if constexpr (R > 1)
-    if (rows < R) return dot_tile_of<kPrefetch, T, R - 1>(tokens, rows);
-  return dot_tile<T, R, kPrefetch>;
+    if (rows < R) return dot_tile_of<T, R - 1>(tokens, rows);
+  return dot_tile<T, R>;
 }
 
 }  // namespace tomoe

@@ -13,7 +13,7 @@ namespace tomoe {
 
 #ifdef __AVX512F__
 // 32 registers: a tile of 24 accumulators leaves room for its operands.
-constexpr int kWidth = 16, kDotTokens = 4, kDotRows = 6, kAxpyTokens = 6;
+constexpr int kWidth = 16, kDotTokens = 4, kDotRows = 6, kDownTokens = 6, kDownVecs = 4;
 using Vec = __m512;
 
 inline __mmask16 first_lanes(int64_t n) { return static_cast<__mmask16>((1u << n) - 1); }
@@ -37,7 +37,7 @@ inline void sum4(const Vec* v, float* out) {
 }
 #else
 // 16 registers under AVX2.
-constexpr int kWidth = 8, kDotTokens = 2, kDotRows = 4, kAxpyTokens = 2;
+constexpr int kWidth = 8, kDotTokens = 2, kDotRows = 4, kDownTokens = 2, kDownVecs = 4;
 typedef float Vec __attribute__((vector_size(32)));
 
 inline Vec zero() { return Vec{}; }

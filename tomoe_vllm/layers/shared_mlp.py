@@ -14,10 +14,11 @@ from vllm.distributed import (
 )
 from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 from vllm.model_executor.utils import set_weight_attrs
+from vllm.platforms import current_platform
 
 from tomoe_vllm.hf.configuration_tomoe import block_shape
 from tomoe_vllm.kernels.expert_activation import require_activation
-from tomoe_vllm.kernels.expert_mlp import expert_mlp
+from tomoe_vllm.kernels.expert_mlp import expert_mlp, row_padding
 from tomoe_vllm.kernels.expert_mlp.thresholds import load_thresholds
 from tomoe_vllm.kernels.native import prefer_huge_pages
 from tomoe_vllm.layers.expert_gate import ToMoEExpertGate
@@ -39,7 +40,9 @@ class NeuronRows(nn.Module):
         self.start = get_tensor_model_parallel_rank() * self.num_local
         self.is_transposed = is_transposed
         num_rows = num_parts * self.num_local
-        self.weight = nn.Parameter(prefer_huge_pages(torch.empty(num_rows, hidden_size)), requires_grad=False)
+        padding = row_padding(hidden_size) if is_transposed and current_platform.is_cpu() else 0
+        rows = prefer_huge_pages(torch.empty(num_rows, hidden_size + padding))[:, :hidden_size]
+        self.weight = nn.Parameter(rows, requires_grad=False)
         set_weight_attrs(self.weight, {"weight_loader": self._load_weight})
         self.bias: nn.Parameter | None = None
         if has_bias:

@@ -3,8 +3,9 @@
     out = sum over neurons n that the token's expert keeps of  act(x . gate_n) * (x . up_n) * down_n
 
 Rows are neurons in all matrices (W_down is kept transposed), so an expert is a list of rows, and one copy of the
-weights serves all experts. The op decides inside, by the number of tokens, what it reads and in which order; its
-shapes depend on those of its inputs alone and it never waits for a device.
+weights serves all experts. What is read and in which order is decided inside; the op's shapes depend on those of its
+inputs alone and it never waits for a device. The C++ version has one way for any number of tokens; the CUDA version
+has three, and ``thresholds`` say where it changes.
 
 Versions: plain torch (``reference.py``, the truth, any device and dtype), C++ for float32 on CPUs (``cpu.cpp``,
 from the moment ``kernels.native.load()`` succeeds). A CUDA version registers itself the same way, for key "CUDA".
@@ -20,7 +21,7 @@ from tomoe_vllm.kernels.expert_mlp.thresholds import Thresholds
 _LIBRARY = torch.library.Library("tomoe", "FRAGMENT")
 _LIBRARY.define(
     "expert_mlp(Tensor hidden_states, Tensor expert_ids, Tensor up_weight, Tensor? up_bias, Tensor down_weight, "
-    "Tensor expert_masks, Tensor neuron_ids, Tensor widths, str activation, int group_tokens, int streamed_tokens) "
+    "Tensor expert_masks, Tensor neuron_ids, Tensor widths, str activation, int gather_tokens, int grouped_tokens) "
     "-> Tensor"
 )
 
@@ -35,8 +36,8 @@ def _reference(
     neuron_ids: Tensor,
     widths: Tensor,
     activation: str,
-    group_tokens: int,
-    streamed_tokens: int,
+    gather_tokens: int,
+    grouped_tokens: int,
 ) -> Tensor:
     return expert_mlp_reference(hidden_states, expert_ids, up_weight, up_bias, down_weight, expert_masks, activation)
 
@@ -47,6 +48,16 @@ _LIBRARY.impl("expert_mlp", _reference, "CompositeExplicitAutograd")
 @torch.library.register_fake("tomoe::expert_mlp", lib=_LIBRARY)
 def _fake(hidden_states: Tensor, *others: object) -> Tensor:
     return torch.empty_like(hidden_states, memory_format=torch.contiguous_format)
+
+
+def row_padding(hidden_size: int) -> int:
+    """Floats that W_down's rows are set apart on a CPU, 0 or 16.
+
+    Rows that lie a multiple of 8 cache lines apart share a few sets of the L1 cache: 64 of them would push each
+    other out (docs/performance.md).
+    """
+    line = 16
+    return line if hidden_size % (8 * line) == 0 else 0
 
 
 def neuron_lists(expert_masks: Tensor) -> tuple[Tensor, Tensor]:
@@ -79,7 +90,7 @@ def expert_mlp(
     """Each token through its expert's neurons.
 
     ``hidden_states``: [T, D]; ``expert_ids``: [T] int64; ``up_weight``: [2F, D], the gate's rows first, or [F, D]
-    without a gate; ``up_bias``: [2F] or [F], or None; ``down_weight``: [F, D], one row per neuron;
+    without a gate; ``up_bias``: [2F] or [F], or None; ``down_weight``: [F, D], one row per neuron, rows may lie apart;
     ``expert_masks``: [N, F] of ones and zeros; ``neuron_ids``, ``widths``: the same as lists
     (:func:`neuron_lists`); floats of one dtype. ``activation``: a Hugging Face ``hidden_act``;
     ``thresholds``: those of the device (``load_thresholds()``, once: it reads a file).
@@ -115,6 +126,6 @@ def expert_mlp(
         neuron_ids,
         widths,
         activation,
-        thresholds.group_tokens,
-        thresholds.streamed_tokens,
+        thresholds.gather_tokens,
+        thresholds.grouped_tokens,
     )

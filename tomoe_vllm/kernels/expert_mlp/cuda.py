@@ -1,11 +1,12 @@
 """The op on GPUs: which way a step takes through the weights, by its number of tokens.
 
-    up to GATHER_TOKENS       gather: each token reads its expert's rows only
-    from GROUPED_TOKENS on    grouped: tokens sorted by expert
+    up to gather_tokens       gather: each token reads its expert's rows only
+    from grouped_tokens on    grouped: tokens sorted by expert
     between                   masked: cuBLAS on all rows, the mask fused into the activation
 
-Both numbers come from the cost model (docs/performance.md), not from a measurement: we have no GPU. ``tomoe doctor``
-must have found the kernels right on this kind of GPU before the layer takes this path (``verdict.py``).
+`tomoe tune` measures both numbers on a GPU (``thresholds.py``). By the cost model they should be about 3 tokens, since
+from 4 on the union of the experts is nearly everything, and 640, twice an H100's ridge (docs/performance.md). `tomoe
+doctor` must have found the kernels right on this kind of GPU before the layer takes this path (``verdict.py``).
 """
 
 from functools import cache
@@ -17,11 +18,6 @@ from torch import Tensor
 from tomoe_vllm.kernels.expert_activation.triton import expert_activation_triton
 from tomoe_vllm.kernels.expert_mlp.triton_gather import expert_mlp_gather
 from tomoe_vllm.kernels.expert_mlp.triton_grouped import expert_mlp_grouped
-
-GATHER_TOKENS = 3
-"""From 4 tokens on the union of their experts is nearly everything: gathering would read more than dense."""
-GROUPED_TOKENS = 640
-"""Twice an H100's ridge (295 tokens), where halving the FLOPs must pay; an A100's is 153."""
 
 _LIBRARY = torch.library.Library("tomoe", "FRAGMENT")
 
@@ -36,15 +32,15 @@ def expert_mlp_cuda(
     neuron_ids: Tensor,
     widths: Tensor,
     activation: str,
-    group_tokens: int,
-    streamed_tokens: int,
+    gather_tokens: int,
+    grouped_tokens: int,
 ) -> Tensor:
-    """See :func:`tomoe_vllm.kernels.expert_mlp.expert_mlp`; the two thresholds are the CPU's, without effect here."""
+    """See :func:`tomoe_vllm.kernels.expert_mlp.expert_mlp`."""
     num_tokens = hidden_states.shape[0]
     lists = (hidden_states, expert_ids, up_weight, up_bias, down_weight, neuron_ids, widths, activation)
-    if num_tokens <= GATHER_TOKENS:
+    if num_tokens <= gather_tokens:
         return expert_mlp_gather(*lists)
-    if num_tokens >= GROUPED_TOKENS:
+    if num_tokens >= grouped_tokens:
         return expert_mlp_grouped(*lists)
     projected = F.linear(hidden_states, up_weight, up_bias)
     return expert_activation_triton(projected, expert_ids, expert_masks, activation) @ down_weight

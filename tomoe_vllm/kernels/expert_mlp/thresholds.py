@@ -1,12 +1,12 @@
-"""Where the op changes its way through the weights: a small table per device, like vLLM's MoE configs.
+"""Where the op changes its way through the weights on a GPU: a small table per device, like vLLM's MoE configs.
 
-``configs/<device name>.json`` beside this file, or in the folder ``TOMOE_TUNED_CONFIG_FOLDER`` (where ``tomoe tune``
-writes); ``configs/default.json`` for a device that has none.
+``<device name>.json`` in the folder ``TOMOE_TUNED_CONFIG_FOLDER`` names, or else in the kernels' cache, where `tomoe
+tune` writes; or in ``configs/`` beside this file. ``configs/default.json``, for a device that was not measured, takes
+the masked way for every number of tokens. On CPUs one way serves any number of tokens: there is nothing to choose.
 """
 
 import json
 import os
-import platform
 import re
 from dataclasses import dataclass, fields
 from functools import cache
@@ -14,35 +14,40 @@ from pathlib import Path
 
 import torch
 
+from tomoe_vllm.kernels.native import cache_folder
+
 SHIPPED_FOLDER = Path(__file__).parent / "configs"
 FOLDER_VARIABLE = "TOMOE_TUNED_CONFIG_FOLDER"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Thresholds:
-    """``streamed_tokens``: up to so many tokens W_down's rows are streamed, above it they are packed into blocks.
-    ``group_tokens``: where they are streamed, experts of fewer tokens are computed together, on the union of their
-    neurons, so that no row is read twice.
+    """``gather_tokens``: up to so many tokens (0: never) each token's rows are gathered; ``grouped_tokens``: from so
+    many on tokens are grouped by expert; the masked way between them.
     """
 
-    group_tokens: int
-    streamed_tokens: int
+    gather_tokens: int
+    grouped_tokens: int
 
 
 def device_name() -> str:
-    """This CPU's vector instructions and core count, as a file name."""
-    name = f"{platform.machine()}-{torch.backends.cpu.get_cpu_capability()}-{os.cpu_count()}-cores"
+    """This GPU's name, or ``cpu``, as a file name."""
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     return re.sub(r"[^A-Za-z0-9]+", "-", name).strip("-").lower()
+
+
+def tuned_folder() -> Path:
+    """Where `tomoe tune` writes its table, and where it is read."""
+    return Path(os.environ.get(FOLDER_VARIABLE) or cache_folder() / "tuned")
 
 
 @cache
 def load_thresholds() -> Thresholds:
     """The table of this device. Raises ``ValueError`` for a file with other keys than those of Thresholds."""
-    folders = [Path(os.environ[FOLDER_VARIABLE])] if os.environ.get(FOLDER_VARIABLE) else []
-    candidates = [folder / f"{device_name()}.json" for folder in [*folders, SHIPPED_FOLDER]]
+    candidates = [folder / f"{device_name()}.json" for folder in (tuned_folder(), SHIPPED_FOLDER)]
     file = next((file for file in candidates if file.exists()), SHIPPED_FOLDER / "default.json")
     values = json.loads(file.read_text())
     names = [field.name for field in fields(Thresholds)]
-    if sorted(values) != sorted(names) or not all(isinstance(value, int) and value > 0 for value in values.values()):
-        raise ValueError(f"{file} holds {values}; it must hold {', '.join(names)}, positive integers. Run: tomoe tune")
+    if sorted(values) != sorted(names) or not all(isinstance(value, int) and value >= 0 for value in values.values()):
+        raise ValueError(f"{file} holds {values}; it must hold {', '.join(names)}, integers from 0. Run: tomoe tune")
     return Thresholds(**values)

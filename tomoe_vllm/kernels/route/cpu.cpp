@@ -34,7 +34,7 @@ Tensor route(Tensor hidden_states, Tensor router_weight) {
       float logits[kDotRows];
       float* targets[kDotRows];
       for (int r = 0; r < count; ++r) w[r] = router + (e + r) * depth, targets[r] = logits + r;
-      dot_tile_of<false>(1, count)(w, &token, 0, depth, w, targets, 1, true);
+      dot_tile_of(1, count)(w, &token, 0, depth, w, 0, targets, 1, true);
       for (int r = 0; r < count; ++r)
         if (logits[r] > best) best = logits[r], winner = e + r;
     }

@@ -31,7 +31,7 @@ void project(const float* w, int64_t depth, int64_t begin, int64_t end, const fl
     const float* row[kDotRows];
     float* target[kDotRows];
     for (int j = 0; j < rows; ++j) row[j] = w + (r + j) * depth, target[j] = out + r + j;
-    dot_tile_of<false>(tokens, rows)(row, x, 0, depth, row, target, stride, true);
+    dot_tile_of(tokens, rows)(row, x, 0, depth, row, 0, target, stride, true);
   }
 }
 
