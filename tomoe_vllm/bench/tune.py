@@ -44,10 +44,12 @@ def tune(shape: Shape, folder: Path) -> dict:
     """
     if not torch.cuda.is_available():
         raise ValueError("tomoe tune needs a GPU; on CPUs one way serves every number of tokens")
+    from triton.testing import do_bench
+
     times: dict[str, dict[int, float]] = {}
     for size in NUM_TOKENS:
         for name, way in _ways(shape, size).items():
-            times.setdefault(name, {})[size] = _seconds(way)
+            times.setdefault(name, {})[size] = 1e-3 * do_bench(way, return_mode="median")
         print(f"{size} tokens measured", file=sys.stderr)
     thresholds = best(times)
     folder.mkdir(parents=True, exist_ok=True)
@@ -74,9 +76,3 @@ def _ways(shape: Shape, num_tokens: int) -> dict[str, Callable[[], object]]:
     arguments = (x, ids, up, None, down, masks, *neuron_lists(masks), "silu")
     limits = {"gather": (NEVER, NEVER), "masked": (0, NEVER), "grouped": (0, 0)}
     return {name: partial(expert_mlp_cuda, *arguments, *pair) for name, pair in limits.items()}
-
-
-def _seconds(way: Callable[[], object]) -> float:
-    from tomoe_vllm.kernel_checks import capture, median_ms
-
-    return 1e-3 * median_ms(capture(way)[0])

@@ -1,6 +1,6 @@
 """Builds the C++ kernels (``kernels/*/cpu.cpp``) into one library on first use, and loads it.
 
-They use PyTorch's stable ABI, so compiling takes about five seconds and one build serves any torch of the
+They use PyTorch's stable ABI, so compiling takes about ten seconds and one build serves any torch of the
 supported range. The library lies in ``~/.cache/tomoe_vllm`` (or ``TOMOE_CACHE_ROOT``) under a name made of
 sources, flags, compiler and torch, so a stale one is never loaded. Where there is no compiler, one line says so and
 every op keeps its plain-torch form.
