@@ -16,7 +16,8 @@ FILES = sorted(f for package in PACKAGES for f in (REPOSITORY / package).rglob("
 ALLOWED = {
     "tomoe_vllm.hf": {"torch", "transformers"},
     "tomoe_vllm.kernels": {"tomoe_vllm.hf.tomoe_math"},
-    "tomoe_vllm.layers": {"tomoe_vllm.kernels", "tomoe_vllm.hf", "vllm"},
+    "tomoe_vllm.kv_layout": {"tomoe_vllm.hf"},
+    "tomoe_vllm.layers": {"tomoe_vllm.kernels", "tomoe_vllm.hf", "tomoe_vllm.kv_layout", "vllm"},
     "tomoe_vllm.models": {"tomoe_vllm.layers", "tomoe_vllm.hf", "vllm"},
     "tomoe_vllm.bench": {"tomoe_vllm.kernels", "tomoe_vllm.hf", "tomoe_vllm.__version__", "vllm"},
     "tomoe_vllm.plugin": {"tomoe_vllm.models", "tomoe_vllm.hf", "vllm"},
@@ -30,7 +31,7 @@ ALLOWED = {
     "tomoe_vllm.kernel_checks": {"tomoe_vllm.kernels", "tomoe_vllm.roofline"},
     "tomoe_vllm.roofline": set(),
     "tomoe_vllm.cli": {"tomoe_vllm", "training", "serving"},
-    "training": {"tomoe_vllm.hf", "tomoe_vllm.__version__", "transformers"},
+    "training": {"tomoe_vllm.hf", "tomoe_vllm.kv_layout", "tomoe_vllm.__version__", "transformers"},
     "serving": {"tomoe_vllm.__version__"},
 }
 CONTROLLED = ("tomoe_vllm", "training", "serving", "vllm")

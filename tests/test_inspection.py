@@ -3,6 +3,7 @@
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoConfig
 
 from tests.helpers.dense_models import FAMILIES
 from tests.helpers.students import save_untrained_adapter
@@ -34,10 +35,62 @@ def test_counts_are_those_of_the_tensors(checkpoint):
     assert facts["embedding_and_head_parameters"] == outside
     assert facts["router_parameters"] == routers
     assert facts["active_parameters"] == facts["active_block_parameters"] + routers + outside
-    read = facts["really_read_per_token"]
-    assert read["block_and_router_parameters"] == blocks + routers
-    head = next(t for n, t in dense.items() if ".layers." not in n).numel()
-    assert read["flops"] == 2 * (blocks + routers + head)
+
+
+def test_really_read_parameters_are_those_of_the_cut_tensors(checkpoint):
+    """Row by row of the checkpoint's own matrices: what the layers of vLLM keep of each, and what a token touches."""
+    facts, gates, tensors = inspect(checkpoint), load_file(checkpoint / TOMOE_SHARD), _matrices(checkpoint)
+    attention = mlp = expert = routers = 0
+    for name, tensor in tensors.items():
+        if ".layers." not in name:
+            continue
+        layer, numbers = name.split(".")[2], tensor.numel()
+        gate = f"model.layers.{layer}.self_attn.head_gate"
+        if name.endswith(("q_proj.weight", "k_proj.weight")) and "qwen3" not in facts["model_type"]:
+            attention += numbers * gates[f"{gate}.query_key_dims"].float().mean().item()
+        elif ".self_attn." in name and "_gate." not in name:
+            is_value = not name.endswith(("q_proj.weight", "k_proj.weight"))
+            dims = gates.get(f"{gate}.value_dims") if is_value else None
+            attention += numbers * (1.0 if dims is None else dims.float().mean().item())
+        elif ".mlp." in name and "_gate." not in name:
+            signature = gates[f"model.layers.{layer}.mlp.expert_gate.signature"]
+            mlp += numbers
+            expert += numbers * (signature & 1).float().mean().item()
+        elif tensor.dtype == torch.float32:
+            is_whole = facts["vo_head_dims"][int(layer)] == len(gates[f"{gate}.query_key_dims"])
+            routers += 0 if "value_" in name and is_whole else numbers
+    head = next(t for n, t in tensors.items() if ".layers." not in n).numel()
+    outside, num_experts = facts["embedding_and_head_parameters"], facts["num_experts"]
+    for layout, read, resident in (
+        ("shared", expert, mlp),
+        ("masked", mlp, mlp),
+        ("fused", expert, num_experts * expert),
+    ):
+        assert facts["really_read_per_token"][layout] == {
+            "attention_parameters": pytest.approx(attention),
+            "mlp_parameters": pytest.approx(read),
+            "router_parameters": routers,
+            "lm_head_parameters": head,
+            "flops": pytest.approx(2 * (attention + read + routers + head)),
+            "resident_parameters": pytest.approx(attention + resident + routers + outside),
+        }
+
+
+def test_kv_bytes_are_those_of_the_cache_vllm_would_allocate(checkpoint):
+    """Head sizes by hand: the dense one, and what is left of q and k and of v in the widest layer."""
+    facts = inspect(checkpoint)
+    config = AutoConfig.from_pretrained(checkpoint)
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    numbers = 4 * config.num_hidden_layers * (getattr(config, "num_key_value_heads", 0) or config.num_attention_heads)
+    query_key = head_dim if config.model_type == "tomoe_qwen3" else max(facts["qk_head_dims"])
+    value = max(facts["vo_head_dims"]) if facts["vo_mode"] == "static" else head_dim
+    assert facts["kv_bytes_per_token"] == {
+        "dtype": "float32",
+        "dense": numbers * 2 * head_dim,
+        "padded": numbers * 2 * head_dim,
+        "padded_on_cpu": numbers * 2 * head_dim,
+        "diffkv": numbers * (max(32, -(-query_key // 16) * 16) + value),
+    }
 
 
 def test_active_parameters_are_what_slicing_would_leave(checkpoint):

@@ -2,11 +2,13 @@
 
 from pathlib import Path
 
+import torch
 from transformers import AutoConfig
 
 from tomoe_vllm.hf.configuration_tomoe import block_shape
 from tomoe_vllm.hf.register import register_configs
 from tomoe_vllm.hf.tomoe_math import BlockShape
+from tomoe_vllm.kv_layout import CPU_HEAD_SIZES, diffkv_widths, kept_widths, padded_widths, values_per_token
 from training.adapter import Adapter
 from training.checkpoint import ADAPTER_CONFIG, read_safetensors_header, stored_tensors
 from training.export import TOMOE_SHARD
@@ -65,7 +67,8 @@ def _inspect_checkpoint(folder: Path) -> dict:
         "embedding_and_head_parameters": outside,
         "active_parameters": active + routers * config.num_hidden_layers + outside,
         "total_parameters": total + outside,
-        "really_read_per_token": _really_read(config, shape, routers),
+        "really_read_per_token": _really_read(config, shape),
+        "kv_bytes_per_token": _kv_bytes(config),
         "expert_intermediate_sizes": config.expert_intermediate_sizes,
         "qk_head_dims": config.qk_head_dims,
         "vo_head_dims": config.vo_head_dims,
@@ -74,24 +77,59 @@ def _inspect_checkpoint(folder: Path) -> dict:
     }
 
 
-def _really_read(config, shape: BlockShape, routers: int) -> dict:
-    """Parameters and FLOPs of the masked form, the one path the server has so far.
+def _really_read(config, shape: BlockShape) -> dict[str, dict[str, int]]:
+    """Parameters that one token makes the server read, FLOPs, and what is resident, by layout of the experts.
 
-    It runs the dense GEMMs and masks their results, so it reads every block parameter and the routers;
-    that is exact and as fast as dense, and saves nothing yet.
+    For weights neither quantized nor under LoRA: those keep whole heads, and the masked layout.
     """
-    layers, outside = config.num_hidden_layers, _parameters_outside_blocks(config)
-    read = (shape.total_parameters + routers) * layers
+    layers, outside = range(config.num_hidden_layers), _parameters_outside_blocks(config)
+    heads = shape.hidden_size * (shape.num_heads + shape.num_kv_heads)
+    neuron = shape.num_mlp_matrices * shape.hidden_size
+    kept = [kept_widths(config, i) for i in layers]
+    attention = heads * sum(widths.query_key + widths.value for widths in kept)
+    routers = sum(_router_parameters(config, shape, i) for i in layers)
+    whole = neuron * shape.intermediate_size * config.num_hidden_layers
+    expert = neuron * sum(config.expert_intermediate_sizes)
     head = config.vocab_size * config.hidden_size
-    kv_dims = 2 * shape.num_kv_heads * shape.head_dim * layers
+
+    def layout(mlp_read: int, mlp_resident: int) -> dict[str, int]:
+        read = attention + mlp_read + routers
+        return {
+            "attention_parameters": attention,
+            "mlp_parameters": mlp_read,
+            "router_parameters": routers,
+            "lm_head_parameters": head,
+            "flops": 2 * (read + head),
+            "resident_parameters": attention + mlp_resident + routers + outside,
+        }
+
     return {
-        "path": "masked",
-        "block_and_router_parameters": read,
-        "lm_head_parameters": head,
-        "flops": 2 * (read + head),
-        "kv_cache_values": kv_dims,
-        "resident_parameters": read + outside,
+        "shared": layout(expert, whole),
+        "masked": layout(whole, whole),
+        "fused": layout(expert, config.num_experts * expert),
     }
+
+
+def _router_parameters(config, shape: BlockShape, layer_idx: int) -> int:
+    """Those that are read: a value router that keeps every dim is not asked."""
+    is_asked = config.vo_mode == "dynamic" and config.vo_head_dims[layer_idx] < shape.head_dim
+    return shape.router_parameters(config.num_experts, config.value_router_dim, "dynamic" if is_asked else "none")
+
+
+def _kv_bytes(config) -> dict[str, int | str]:
+    """Bytes that one token adds to the KV cache in the checkpoint's dtype, by ``kv_layout`` (tomoe_vllm/kv_layout.py).
+
+    ``padded`` is that of GPUs; on a CPU a smaller head size may be enough.
+    """
+    dtype = config.dtype or torch.float32
+    layouts = {
+        "dense": padded_widths(config),
+        "padded": padded_widths(config),
+        "padded_on_cpu": padded_widths(config, CPU_HEAD_SIZES),
+        "diffkv": diffkv_widths(config),
+    }
+    numbers = {name: values_per_token(config, widths) * dtype.itemsize for name, widths in layouts.items()}
+    return {"dtype": str(dtype).removeprefix("torch."), **numbers}
 
 
 def _parameters_outside_blocks(config) -> int:

@@ -1,13 +1,18 @@
-"""The attention of ToMoE in its exact masked form: masks on q, k and on the attention output.
+"""The attention of ToMoE on vLLM's linears, rotary embedding and attention backends.
 
-Pruned Q/K dims are zero (a RoPE pair shares its mask, so doing it before RoPE is the same): their rows of W_q and W_k
-are zeroed once the weights are loaded, or, where that is not exact, q and k are multiplied by the mask. And
-each token's own value mask multiplies the attention output (eq. 4 read literally), so the KV cache, every
-attention backend and prefix caching stay as they are. The scale is that of the unpruned head. What it gives
-up: no FLOP and no cache byte is saved here.
+Dims that no token uses are cut out of the weights once they are loaded: the rows of pruned Q/K dims and, where the
+value mask is the same for all tokens, those of V and the columns of the output projection. Heads are padded with
+zeros to the size that the KV cache takes (``kv_layout.py``); zeros add nothing to q.k, and the scale stays that of
+the whole head. A value mask that depends on the token multiplies the attention output (eq. 4 read literally), so
+it leaves the cache alone.
+
+Where cutting is not exact, nothing is cut and masks multiply instead: q and k behind a norm over the whole head
+(Qwen-3); quantized checkpoints, and LoRA, whose tensors have the whole head's size; rotary embeddings that are more
+than a look-up.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 from vllm.config import CacheConfig, get_current_vllm_config
@@ -17,89 +22,29 @@ from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.layers.linear import QKVParallelLinear, RowParallelLinear
 from vllm.model_executor.layers.quantization import QuantizationConfig
 from vllm.model_executor.layers.rotary_embedding import get_rope
-from vllm.model_executor.utils import set_weight_attrs
+from vllm.platforms import current_platform
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 from tomoe_vllm.hf.configuration_tomoe import block_shape, family_of
-from tomoe_vllm.hf.tomoe_math import mask_heads
-from tomoe_vllm.kernels.value_mask import mask_values
-
-
-class ToMoEHeadGate(nn.Module):
-    """Masks over the dims of a head. All heads share them, so every tensor-parallel rank holds all of it.
-
-    ``query_key_dims``, ``value_dims`` (vo_mode static): [A] uint8, the checkpoint's masks, with the same in the
-    model's dtype beside them. A mask that keeps every dim is skipped.
-    """
-
-    query_key_mask: Tensor
-    static_value_mask: Tensor
-
-    def __init__(self, config: PreTrainedConfig, layer_idx: int, prefix: str) -> None:
-        super().__init__()
-        shape, rank = block_shape(config), config.value_router_dim
-        self.prefix = prefix
-        self.vo_mode, self.top_k = config.vo_mode, config.vo_head_dims[layer_idx]
-        self.widths = {"query_key_dims": config.qk_head_dims[layer_idx], "value_dims": self.top_k}
-        self._keeps_all = {name: width == shape.head_dim for name, width in self.widths.items()}
-        self._add_dims("query_key_dims", "query_key_mask", shape.head_dim)
-        if self.vo_mode == "static":
-            self._add_dims("value_dims", "static_value_mask", shape.head_dim)
-        elif self.vo_mode == "dynamic":
-            self.value_down = nn.Linear(shape.hidden_size, rank, dtype=torch.float32)
-            self.value_norm = nn.LayerNorm(rank, dtype=torch.float32)
-            self.value_up = nn.Linear(rank, shape.head_dim, bias=False, dtype=torch.float32)
-
-    def _add_dims(self, name: str, mask_name: str, head_dim: int) -> None:
-        def load(parameter: nn.Parameter, loaded: Tensor) -> None:
-            if loaded.shape != parameter.shape or loaded.dtype != torch.uint8:
-                raise ValueError(
-                    f"{self.prefix}.{name} is {loaded.dtype} {list(loaded.shape)}; it must be uint8 [{head_dim}]"
-                )
-            if (kept := int(loaded.count_nonzero())) != self.widths[name]:
-                raise ValueError(
-                    f"{self.prefix}.{name} keeps {kept} dims; config.json says {self.widths[name]}. "
-                    "Export the checkpoint again"
-                )
-            parameter.data.copy_(loaded)
-            self.get_buffer(mask_name).copy_(loaded)
-
-        parameter = nn.Parameter(torch.ones(head_dim, dtype=torch.uint8), requires_grad=False)
-        set_weight_attrs(parameter, {"weight_loader": load})
-        self.register_parameter(name, parameter)
-        self.register_buffer(mask_name, torch.ones(head_dim), persistent=False)
-
-    def fold_query_key(self, weight: Tensor, bias: Tensor | None, num_rows: int) -> None:
-        """Zero the rows of pruned dims among the first ``num_rows`` (q and k), so that nothing is left to mask.
-
-        ``weight``: [rows, D]; ``bias``: [rows] or None. The same as multiplying q and k by the mask.
-        """
-        for rows in (weight, bias):
-            if rows is not None:
-                heads = rows[:num_rows].unflatten(0, (-1, len(self.query_key_mask)))
-                heads[:, self.query_key_mask == 0] = 0
-        self._keeps_all["query_key_dims"] = True
-
-    def mask_query_key(self, heads: Tensor) -> Tensor:
-        """Zero the pruned dims of every head: [T, H * A] -> the same."""
-        return heads if self._keeps_all["query_key_dims"] else mask_heads(heads, self.query_key_mask)
-
-    def mask_value(self, attention: Tensor, hidden_states: Tensor) -> Tensor:
-        """Zero what each token's value mask drops: attention [T, H * A], hidden states [T, D] -> [T, H * A]."""
-        if self.vo_mode == "none" or self._keeps_all["value_dims"]:
-            return attention
-        if self.vo_mode == "static":
-            return mask_heads(attention, self.static_value_mask)
-        down, norm, up = self.value_down, self.value_norm, self.value_up
-        return mask_values(
-            attention, hidden_states, down.weight, down.bias, norm.weight, norm.bias, up.weight, self.top_k
-        )
+from tomoe_vllm.kv_layout import (
+    CPU_HEAD_SIZES,
+    KV_LAYOUTS,
+    HeadWidths,
+    diffkv_widths,
+    kept_widths,
+    padded_widths,
+)
+from tomoe_vllm.layers.head_gate import ToMoEHeadGate
+from tomoe_vllm.layers.pruned_linear import PrunedLinearMethod
+from tomoe_vllm.layers.rotary import SelectedRotaryEmbedding, is_plain_rotary, rotation_order
 
 
 class ToMoEAttention(nn.Module):
-    """Self-attention of one layer on vLLM's linears, rotary embedding and attention backend.
+    """Self-attention of one layer.
 
-    Raises ``ValueError`` for a tensor parallel size that does not divide the heads, or a head size that the
-    platform's attention backend does not take (vLLM's CPU backend would fail at the first request).
+    Raises ``ValueError`` for a tensor parallel size that does not divide the heads, a head size that the platform's
+    attention backend does not take (vLLM's CPU backend would fail at the first request), or a ``kv_layout`` that is
+    unknown or cannot be.
     """
 
     def __init__(
@@ -116,11 +61,11 @@ class ToMoEAttention(nn.Module):
     ) -> None:
         super().__init__()
         shape = block_shape(config)
+        self.head_dim, self.rotary_dim = shape.head_dim, shape.rotary_dim
         tp_size = get_tensor_model_parallel_world_size()
         _check_heads(shape.num_heads, shape.num_kv_heads, tp_size)
-        num_heads, num_kv_heads = shape.num_heads // tp_size, max(1, shape.num_kv_heads // tp_size)
-        self.head_dim = shape.head_dim
-        self.sizes = [num_heads * shape.head_dim, num_kv_heads * shape.head_dim, num_kv_heads * shape.head_dim]
+        self.num_heads, self.num_kv_heads = shape.num_heads // tp_size, max(1, shape.num_kv_heads // tp_size)
+
         self.head_gate = ToMoEHeadGate(config, layer_idx, f"{prefix}.head_gate")
         self.qkv_proj = QKVParallelLinear(
             shape.hidden_size,
@@ -143,51 +88,122 @@ class ToMoEAttention(nn.Module):
         )
         self.add_module(self.output_name, output)
         self.has_qk_norm = has_qk_norm
-        self.is_plain = quant_config is None and get_current_vllm_config().lora_config is None
         if has_qk_norm:
             self.q_norm = RMSNorm(shape.head_dim, eps=config.rms_norm_eps)
             self.k_norm = RMSNorm(shape.head_dim, eps=config.rms_norm_eps)
         self.rotary_emb = get_rope(
             shape.head_dim, max_position=config.max_position_embeddings, rope_parameters=config.rope_parameters
         )
+
+        has_lora = get_current_vllm_config().lora_config is not None
+        is_cut = quant_config is None and not has_lora and is_plain_rotary(self.rotary_emb)
+        whole = HeadWidths(query_key=shape.head_dim, value=shape.head_dim)
+        self.kept = kept_widths(config, layer_idx) if is_cut else whole
+        if self.kept != whole:
+            self.qkv_proj.quant_method = PrunedLinearMethod(self._kept_rows)
+        if self.kept.query_key < shape.head_dim:
+            self.rotary_emb = SelectedRotaryEmbedding(self.rotary_emb, self.kept.query_key)
+        if self.kept.value < shape.head_dim:
+            output.quant_method = PrunedLinearMethod(self._kept_columns, is_column=True)
+
+        self.cached, backend = choose_cache(config, is_cut)
         self.attn = Attention(
-            num_heads,
-            shape.head_dim,
+            self.num_heads,
+            self.cached.query_key,
             scale=shape.head_dim**-0.5,
-            num_kv_heads=num_kv_heads,
+            num_kv_heads=self.num_kv_heads,
             cache_config=cache_config,
             quant_config=quant_config,
             prefix=f"{prefix}.attn",
+            attn_backend=backend,
+            head_size_v=self.cached.value,
         )
         backend = self.attn.attn_backend
-        if not backend.supports_head_size(shape.head_dim):
+        if not backend.supports_head_size(self.cached.query_key):
             raise ValueError(
                 f"head_dim is {shape.head_dim}; vLLM's {backend.get_name()} attention backend takes "
                 f"{', '.join(map(str, backend.get_supported_head_sizes()))}. Serve this model on another platform"
             )
 
-    def finish_loading(self) -> None:
-        """Once the weights are there: let q and k come out masked, where that is exact.
-
-        Not after a norm on q and k, and not where the weight is quantized or LoRA adds to it.
-        """
-        if self.is_plain and not self.has_qk_norm:
-            projection = self.qkv_proj
-            bias = projection.bias.data if projection.bias is not None else None
-            self.head_gate.fold_query_key(projection.weight.data, bias, sum(self.sizes[:2]))
-
     def forward(self, positions: Tensor, hidden_states: Tensor) -> Tensor:
         """``positions``: [T]; [T, D] -> [T, D]."""
         qkv, _ = self.qkv_proj(hidden_states)
-        q, k, v = qkv.split(self.sizes, dim=-1)
+        query_key, value = self.kept.query_key, self.kept.value
+        sizes = [self.num_heads * query_key, self.num_kv_heads * query_key, self.num_kv_heads * value]
+        q, k, v = qkv.split(sizes, dim=-1)
         if self.has_qk_norm:
             q = self.q_norm(q.unflatten(-1, (-1, self.head_dim))).flatten(-2)
             k = self.k_norm(k.unflatten(-1, (-1, self.head_dim))).flatten(-2)
-        q, k = self.head_gate.mask_query_key(q), self.head_gate.mask_query_key(k)
+        if query_key == self.head_dim:  # nothing was cut
+            q, k = self.head_gate.mask_query_key(q), self.head_gate.mask_query_key(k)
         q, k = self.rotary_emb(positions, q, k)
-        attn_output = self.attn(q, k, v)
-        output, _ = getattr(self, self.output_name)(self.head_gate.mask_value(attn_output, hidden_states))
+        q, k = (_resize_heads(heads, query_key, self.cached.query_key) for heads in (q, k))
+        attention = self.attn(q, k, _resize_heads(v, value, self.cached.value))
+        attention = _resize_heads(attention, self.cached.value, value)
+        if value == self.head_dim:
+            attention = self.head_gate.mask_value(attention, hidden_states)
+        output, _ = getattr(self, self.output_name)(attention)
         return output
+
+    def _kept_rows(self) -> Tensor:
+        """Rows of this rank's qkv_proj that stay, in the order of the rotary embedding, which is told."""
+        query_key = value = torch.arange(self.head_dim, device=self.head_gate.query_key_dims.device)
+        if self.kept.query_key < self.head_dim:
+            query_key = rotation_order(self.head_gate.query_key_dims, self.rotary_dim)
+            self.rotary_emb.select(query_key)
+        if self.kept.value < self.head_dim:
+            value = self._kept_value_dims()
+        num_before = self.num_heads + self.num_kv_heads
+        return torch.cat(
+            [
+                self._of_all_heads(query_key, num_before),
+                num_before * self.head_dim + self._of_all_heads(value, self.num_kv_heads),
+            ]
+        )
+
+    def _kept_columns(self) -> Tensor:
+        """Columns of this rank's output projection that stay."""
+        return self._of_all_heads(self._kept_value_dims(), self.num_heads)
+
+    def _kept_value_dims(self) -> Tensor:
+        return self.head_gate.value_dims.nonzero().flatten()
+
+    def _of_all_heads(self, dims: Tensor, num_heads: int) -> Tensor:
+        starts = torch.arange(num_heads, device=dims.device) * self.head_dim
+        return (starts[:, None] + dims).flatten()
+
+
+def choose_cache(config: PreTrainedConfig, is_cut: bool) -> tuple[HeadWidths, type | None]:
+    """Head sizes of the KV cache, the same in all layers, and the attention backend they need (None: vLLM's choice).
+
+    ``is_cut``: whether the layers cut what they prune. Raises ``ValueError`` for an unknown ``kv_layout`` of the
+    config, or ``diffkv`` where it cannot be.
+    """
+    layout = getattr(config, "kv_layout", "auto")
+    if layout not in KV_LAYOUTS:
+        raise ValueError(f"kv_layout is {layout!r}; it must be one of {', '.join(KV_LAYOUTS)}")
+    if layout != "diffkv":
+        has_fixed_sizes = is_cut and current_platform.is_cpu()
+        return padded_widths(config, CPU_HEAD_SIZES if has_fixed_sizes else ()), None
+    if not current_platform.is_cuda():
+        raise ValueError("kv_layout is 'diffkv', which needs an NVIDIA GPU; use 'auto' or 'padded'")
+    if not is_cut:
+        raise ValueError(
+            "kv_layout is 'diffkv', but quantized checkpoints, LoRA and this rotary embedding keep whole heads; "
+            "use 'auto' or 'padded'"
+        )
+    backend = AttentionBackendEnum.TRITON_ATTN_DIFFKV.get_class()
+    widths = diffkv_widths(config)
+    backend.set_head_size_v(widths.value)
+    return widths, backend
+
+
+def _resize_heads(heads: Tensor, width: int, size: int) -> Tensor:
+    """Each head with zeros up to ``size``, or without what is beyond: [T, H * width] -> [T, H * size]."""
+    if width == size:
+        return heads
+    split = heads.unflatten(-1, (-1, width))
+    return (F.pad(split, (0, size - width)) if width < size else split[..., :size]).flatten(-2)
 
 
 def _check_heads(num_heads: int, num_kv_heads: int, tp_size: int) -> None:

@@ -6,7 +6,7 @@ from transformers import PreTrainedConfig
 from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
 from vllm.model_executor.utils import set_weight_attrs
 
-from tomoe_vllm.hf.tomoe_math import unpack_signature
+from tomoe_vllm.hf.tomoe_math import pack_signature, unpack_signature
 from tomoe_vllm.kernels.expert_mlp import neuron_lists
 from tomoe_vllm.kernels.route import route
 
@@ -16,14 +16,15 @@ class ToMoEExpertGate(nn.Module):
 
     ``signature``: [F / tp, ceil(N / 8)] uint8, the checkpoint's bits; ``expert_masks``: [N, F / tp] in the
     model's dtype and ``neuron_ids``, ``widths`` (:func:`neuron_lists`), the same as the kernels read it. Until a
-    checkpoint is loaded every expert keeps every neuron (vLLM's ``--load-format dummy`` leaves integers alone).
+    checkpoint is loaded (vLLM's ``--load-format dummy`` leaves integers alone) experts keep neurons of the right
+    number, all the same ones. ``is_sharded=False``: every rank holds all neurons.
     """
 
     expert_masks: Tensor
     neuron_ids: Tensor
     widths: Tensor
 
-    def __init__(self, config: PreTrainedConfig, layer_idx: int, prefix: str) -> None:
+    def __init__(self, config: PreTrainedConfig, layer_idx: int, prefix: str, *, is_sharded: bool = True) -> None:
         super().__init__()
         self.prefix = prefix
         self.num_experts = config.num_experts
@@ -35,12 +36,14 @@ class ToMoEExpertGate(nn.Module):
                 f"tensor parallel size {tp_size} does not divide intermediate_size {self.num_neurons}; "
                 "choose one that does"
             )
-        num_local = self.num_neurons // tp_size
+        num_local = self.num_neurons // tp_size if is_sharded else self.num_neurons
+        self.start = get_tensor_model_parallel_rank() * num_local if is_sharded else 0
         self.router = nn.Linear(config.hidden_size, self.num_experts, bias=False, dtype=torch.float32)
-        signature = torch.full((num_local, -(-self.num_experts // 8)), 0xFF, dtype=torch.uint8)
+        masks = _spread(self.width, self.num_neurons).narrow(0, self.start, num_local).expand(self.num_experts, -1)
+        signature = pack_signature(masks)
         self.signature = nn.Parameter(signature, requires_grad=False)
         set_weight_attrs(self.signature, {"weight_loader": self._load_signature})
-        self.register_buffer("expert_masks", torch.ones(self.num_experts, num_local), persistent=False)
+        self.register_buffer("expert_masks", masks.to(torch.get_default_dtype()), persistent=False)
         for name, lists in zip(("neuron_ids", "widths"), neuron_lists(self.expert_masks), strict=True):
             self.register_buffer(name, lists, persistent=False)
 
@@ -58,11 +61,16 @@ class ToMoEExpertGate(nn.Module):
                 "Export the checkpoint again"
             )
         num_local = parameter.shape[0]
-        start = get_tensor_model_parallel_rank() * num_local
-        parameter.data.copy_(loaded.narrow(0, start, num_local))
-        self.expert_masks.copy_(masks.narrow(1, start, num_local))
+        parameter.data.copy_(loaded.narrow(0, self.start, num_local))
+        self.expert_masks.copy_(masks.narrow(1, self.start, num_local))
         self.neuron_ids, self.widths = neuron_lists(self.expert_masks)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Expert of each token: [T, D] -> [T] int64."""
         return route(hidden_states, self.router.weight)
+
+
+def _spread(width: int, num_neurons: int) -> Tensor:
+    """[F] bool with ``width`` ones at equal distances, so that tensor-parallel ranks have equal shares."""
+    steps = torch.arange(num_neurons + 1) * width // num_neurons
+    return steps[1:] > steps[:-1]

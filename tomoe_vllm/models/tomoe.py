@@ -244,7 +244,7 @@ class ToMoEForCausalLM(nn.Module, SupportsLoRA, SupportsPP, SupportsQuant):
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """Place every tensor of the checkpoint exactly once; ``ValueError`` names what does not fit."""
-        loaded = load_strictly(
+        return load_strictly(
             self,
             weights,
             mapper=self.hf_to_vllm_mapper,
@@ -252,6 +252,3 @@ class ToMoEForCausalLM(nn.Module, SupportsLoRA, SupportsPP, SupportsQuant):
             is_tied=self.config.tie_word_embeddings,
             is_quantized=self.quant_config is not None,
         )
-        for layer in islice(self.model.layers, self.model.start_layer, self.model.end_layer):
-            layer.self_attn.finish_loading()
-        return loaded

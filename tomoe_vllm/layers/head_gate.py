@@ -1,0 +1,81 @@
+"""Which dims of its heads an attention layer uses: Q/K dims and static V/O dims, or each token's V/O dims."""
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig
+from vllm.model_executor.utils import set_weight_attrs
+
+from tomoe_vllm.hf.configuration_tomoe import block_shape
+from tomoe_vllm.hf.tomoe_math import mask_heads
+from tomoe_vllm.kernels.value_mask import mask_values
+
+
+class ToMoEHeadGate(nn.Module):
+    """Masks over the dims of a head. All heads share them, so every tensor-parallel rank holds all of it.
+
+    ``query_key_dims``, ``value_dims`` (vo_mode static): [A] uint8, the checkpoint's masks, with the same in the
+    model's dtype beside them. Until a checkpoint is loaded (vLLM's ``--load-format dummy`` leaves integers alone)
+    they keep dims of the right number.
+    """
+
+    query_key_mask: Tensor
+    static_value_mask: Tensor
+
+    def __init__(self, config: PreTrainedConfig, layer_idx: int, prefix: str) -> None:
+        super().__init__()
+        shape, rank = block_shape(config), config.value_router_dim
+        self.prefix = prefix
+        self.head_dim = shape.head_dim
+        self.vo_mode, self.top_k = config.vo_mode, config.vo_head_dims[layer_idx]
+        num_query_key = config.qk_head_dims[layer_idx]
+        self.widths = {"query_key_dims": num_query_key, "value_dims": self.top_k}
+        self._add_dims("query_key_dims", "query_key_mask", _some_units(num_query_key, shape.head_dim, shape.rotary_dim))
+        if self.vo_mode == "static":
+            self._add_dims("value_dims", "static_value_mask", torch.arange(shape.head_dim) < self.top_k)
+        elif self.vo_mode == "dynamic":
+            self.value_down = nn.Linear(shape.hidden_size, rank, dtype=torch.float32)
+            self.value_norm = nn.LayerNorm(rank, dtype=torch.float32)
+            self.value_up = nn.Linear(rank, shape.head_dim, bias=False, dtype=torch.float32)
+
+    def _add_dims(self, name: str, mask_name: str, kept: Tensor) -> None:
+        def load(parameter: nn.Parameter, loaded: Tensor) -> None:
+            if loaded.shape != parameter.shape or loaded.dtype != torch.uint8:
+                raise ValueError(
+                    f"{self.prefix}.{name} is {loaded.dtype} {list(loaded.shape)}; it must be uint8 [{self.head_dim}]"
+                )
+            if (num_kept := int(loaded.count_nonzero())) != self.widths[name]:
+                raise ValueError(
+                    f"{self.prefix}.{name} keeps {num_kept} dims; config.json says {self.widths[name]}. "
+                    "Export the checkpoint again"
+                )
+            parameter.data.copy_(loaded)
+            self.get_buffer(mask_name).copy_(loaded)
+
+        parameter = nn.Parameter(kept.to(torch.uint8), requires_grad=False)
+        set_weight_attrs(parameter, {"weight_loader": load})
+        self.register_parameter(name, parameter)
+        self.register_buffer(mask_name, kept.to(torch.get_default_dtype()), persistent=False)
+
+    def mask_query_key(self, heads: Tensor) -> Tensor:
+        """Zero the pruned dims of every head: [T, H * A] -> the same."""
+        is_whole = self.widths["query_key_dims"] == self.head_dim
+        return heads if is_whole else mask_heads(heads, self.query_key_mask)
+
+    def mask_value(self, attention: Tensor, hidden_states: Tensor) -> Tensor:
+        """Zero what each token's value mask drops: attention [T, H * A], hidden states [T, D] -> [T, H * A]."""
+        if self.vo_mode == "none" or self.top_k == self.head_dim:
+            return attention
+        if self.vo_mode == "static":
+            return mask_heads(attention, self.static_value_mask)
+        down, norm, up = self.value_down, self.value_norm, self.value_up
+        return mask_values(
+            attention, hidden_states, down.weight, down.bias, norm.weight, norm.bias, up.weight, self.top_k
+        )
+
+
+def _some_units(width: int, head_dim: int, rotary_dim: int) -> Tensor:
+    """[A] bool with ``width`` ones: RoPE pairs, and as many single dims as there are besides."""
+    num_singles = min(width, head_dim - rotary_dim)
+    num_singles -= (width - num_singles) % 2
+    pairs = torch.arange(rotary_dim // 2) < (width - num_singles) // 2
+    return torch.cat([pairs, pairs, torch.arange(head_dim - rotary_dim) < num_singles])
