@@ -19,8 +19,9 @@ from transformers import AutoModelForCausalLM
 from training.config import RunConfig
 from training.losses import distillation_loss
 from training.relaxation import NoiseSource
-from training.runtime import has_fast_bfloat16, tune_malloc
+from training.runtime import has_fast_bfloat16, release_memory, tune_malloc
 from training.student import Student
+from training.trainer import make_optimizer
 from training.warm_start import warm_start
 
 
@@ -55,12 +56,13 @@ def main() -> None:
     base = AutoModelForCausalLM.from_pretrained(arguments.base, dtype=dtype).eval()
     config = RunConfig(active_ratio=0.5)
     student = Student(base, config)
-    optimizer = torch.optim.AdamW([p for p in student.parameters() if p.requires_grad])
     noise = NoiseSource.of(student, seed=0)
     ids = torch.randint(3, base.config.vocab_size, (arguments.batch_size, arguments.sequence_length))
     warm_start(student, [ids])
     student.calibrate(ids)
     student.freeze_widths()
+    release_memory()
+    optimizer = make_optimizer(config, student)
     seconds: dict[str, list[float]] = {"dense": [], "tomoe": []}
     for round_ in range(arguments.rounds + 1):
         for name, step in (

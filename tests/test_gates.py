@@ -123,3 +123,38 @@ def test_union_is_measured_without_noise():
     gate.begin(embedding, LayerNoise(experts=5 * torch.randn(4, 96)), None)
     assert not torch.equal(gate.masks, clean)
     assert torch.equal(gate.clean_masks, clean)
+
+
+@pytest.mark.parametrize("router_noise", [None, torch.randn(2, 5, 4, generator=torch.Generator().manual_seed(8))])
+def test_step_masks_neurons_as_the_method_reads(router_noise):
+    """``neuron_mask`` is the definition; what a step does in its place has its value and its gradients."""
+    gate, hidden, neurons = _expert_gate(), torch.randn(2, 5, 64), torch.randn(2, 5, 96, requires_grad=True)
+    embedding, trained = torch.randn(4, 16), [neurons, *gate.parameters()]
+    results = []
+    for is_step in (True, False):
+        gate.begin(embedding, LayerNoise(router=router_noise), _widths(experts=40))
+        if is_step:
+            gate._read(None, (hidden,))
+            (out,) = gate._mask_neurons(None, (neurons,))
+        else:
+            out = neurons * gate.neuron_mask(hidden)
+        results.append((out, torch.autograd.grad(out.square().sum() + gate.probabilities.square().sum(), trained)))
+    (out, gradients), (expected, plain) = results
+    assert torch.equal(out, expected)
+    for mine, theirs in zip(gradients, plain, strict=True):
+        assert_close(mine, theirs)
+
+
+def test_experts_that_keep_every_neuron_mask_nothing():
+    gate, neurons = _expert_gate(), torch.randn(2, 5, 96)
+    gate.begin(torch.randn(4, 16), NOISE_FREE, _widths(experts=96))
+    gate._read(None, (torch.randn(2, 5, 64),))
+    assert gate._mask_neurons(None, (neurons,)) is None
+    assert gate.fractions.sum().item() == pytest.approx(1)
+
+
+def test_union_of_settled_widths_is_measured_at_these_widths():
+    gate = _expert_gate()
+    gate.begin(torch.randn(4, 16), LayerNoise(experts=5 * torch.randn(4, 96)), _widths(experts=40))
+    assert gate.clean_masks.sum(-1).tolist() == [40.0] * 4
+    assert not torch.equal(gate.clean_masks, gate.masks)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
 from tests.helpers.dense_models import FAMILIES
@@ -127,3 +127,23 @@ def test_adapter_facts(adapter_folder):
         4,
     )
     assert facts["bytes"] == sum(t.nbytes for t in load_file(adapter_folder() / "adapter.safetensors").values())
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["model.layers.1.mlp.up_proj.weight", "model.norm.weight", "model.layers.0.mlp.expert_gate.router.weight"],
+)
+@pytest.mark.parametrize("damage", ["missing", "another shape"])
+def test_checkpoint_that_is_not_whole_is_refused(name, damage, dense_folder, adapter_folder, tmp_path):
+    out = tmp_path / "out"
+    export_checkpoint(dense_folder(), adapter_folder(), out, width_multiple=8, head_dim_multiple=4)
+    file = out / (TOMOE_SHARD if "_gate" in name else "model-dense.safetensors")
+    tensors = load_file(file)
+    tensor = tensors.pop(name)
+    if damage == "another shape":
+        tensors[name] = torch.cat([tensor, tensor])
+    file.unlink()  # a hard link to the base's
+    save_file(tensors, file, metadata={"format": "pt"})
+    message = f"lacks the tensor {name} .1 in all." if damage == "missing" else f"{name} is .* and its config says"
+    with pytest.raises(ValueError, match=f"{message}.*: export it again"):
+        inspect(out)

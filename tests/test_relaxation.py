@@ -95,7 +95,8 @@ def test_route_is_one_hot_with_the_gradient_of_the_tempered_softmax():
     logits = torch.randn(4, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(5), requires_grad=True)
     noise = torch.randn(4, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(6))
     weights = torch.randn(4, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(7))
-    routes = sample_route(logits, noise, TAU)
+    experts, soft = sample_route(logits, noise, TAU)
+    routes = straight_through(torch.nn.functional.one_hot(experts, 3), soft)
     for row, values in zip(routes.tolist(), (logits + noise).tolist(), strict=True):
         assert row == [1.0 if v == max(values) else 0.0 for v in values]
     (routes * weights).sum().backward()

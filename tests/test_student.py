@@ -6,6 +6,7 @@ import torch
 from tests.helpers.compare import assert_close
 from tests.helpers.dense_models import FAMILIES, dense_model
 from tests.helpers.students import gated_logits, random_student
+from training.budget import Widths
 from training.relaxation import NoiseSource
 
 
@@ -29,15 +30,49 @@ def test_only_the_gates_are_trained_and_saved(dense_folder):
     assert all(p.grad is None for p in student.base.parameters())
 
 
+# Widths are given, not settled: which of them a random student's logits ask for is a matter of rounding.
+_RAGGED = {"experts": [40, 64], "qk_dims": [12, 4]}
+
+
+def _without_gradient(student):
+    student(_ids())["loss"].backward()
+    return {n for n, p in student.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())}
+
+
 @pytest.mark.parametrize("vo_mode", ["dynamic", "static", "none"])
 @pytest.mark.parametrize("budget", ["exact", "penalty"])
 def test_every_trained_tensor_gets_a_gradient(vo_mode, budget, dense_folder):
     student = random_student(dense_folder(), vo_mode=vo_mode, budget=budget)
     if budget == "exact":
-        student.settle_widths()
-    student(_ids())["loss"].backward()
-    without = [n for n, p in student.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())]
-    assert without == []
+        student.widths = Widths(**_RAGGED, vo_dims=[16, 16] if vo_mode == "none" else [8, 12], shift=0.0)
+    assert _without_gradient(student) == set()
+
+
+@pytest.mark.parametrize("is_frozen", [False, True])
+@pytest.mark.parametrize(
+    ("vo_mode", "qk_dims", "vo_dims", "idle"),
+    [
+        ("dynamic", [16, 4], [8, 12], {"0.query_key_up.weight", "0.query_key_offset"}),
+        ("dynamic", [8, 4], [8, 16], {"1.value_up.weight", "1.value_down.weight"}),
+        ("static", [8, 4], [8, 16], {"1.value_up.weight", "1.value_offset"}),
+        (
+            "dynamic",
+            [16, 4],
+            [16, 12],
+            {f"0.{n}" for n in ("query_key_up.weight", "query_key_offset", "value_up.weight", "value_down.weight")}
+            | {"0.norm.weight", "0.norm.bias", "0.embedding_offset"},
+        ),
+    ],
+)
+def test_only_what_a_layer_keeps_whole_is_idle(is_frozen, vo_mode, qk_dims, vo_dims, idle, dense_folder):
+    """With nothing to choose there is no gradient; once the widths stay, it is not asked for any more."""
+    student = random_student(dense_folder(), vo_mode=vo_mode)
+    student.widths = Widths(experts=[40, 64], qk_dims=qk_dims, vo_dims=vo_dims, shift=0.0)
+    if is_frozen:
+        student.freeze_widths()
+    expected = {f"head_gates.{name}" for name in idle}
+    assert _without_gradient(student) == (set() if is_frozen else expected)
+    assert {n for n, p in student.named_parameters() if not p.requires_grad} == (expected if is_frozen else set())
 
 
 def test_offsets_are_held_where_they_are_not_trained(dense_folder):

@@ -16,6 +16,7 @@ from tomoe_vllm.hf.modeling_tomoe import ExpertGate, HeadGate
 from tomoe_vllm.hf.tomoe_math import head_units, value_logits
 from training.budget import NUM_QUANTILES, Widths, choose_units, unit_sizes
 from training.config import MethodSettings
+from training.expert_masking import mask_by_expert
 from training.relaxation import sample_mask, sample_route, straight_through, width_mask
 
 
@@ -165,13 +166,33 @@ class TrainedExpertGate(ExpertGate):
         else:
             self.masks = width_mask(logits, widths.experts[self.layer_idx], noise.experts, self.tau)
         # What will be exported is free of noise, so that is what width and union are measured on.
-        self.clean_masks = self.masks if noise.experts is None else sample_mask(logits, None, self.tau)
+        if noise.experts is None:
+            self.clean_masks = self.masks
+        elif widths is None:
+            self.clean_masks = sample_mask(logits, None, self.tau)
+        else:
+            self.clean_masks = width_mask(logits, widths.experts[self.layer_idx], None, self.tau)
+        self._keeps_all = widths is not None and widths.experts[self.layer_idx] == logits.shape[-1]
         self._router_noise = noise.router
 
-    def neuron_mask(self, hidden_states: Tensor) -> Tensor:
+    def choose(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+        """Each token's expert and its soft route (:func:`sample_route`); notes what R_L is computed from."""
         logits = F.linear(hidden_states.float(), self.router.weight)
-        routes = sample_route(logits, self._router_noise, self.tau)
-        self.fractions = routes.detach().flatten(0, -2).mean(dim=0)
-        self.probabilities = torch.softmax(logits / self.tau, dim=-1).flatten(0, -2).mean(dim=0)
-        # Zeros and ones are exact in any dtype: in the activations' own this halves the traffic of [T, F].
-        return routes.to(hidden_states.dtype) @ self.masks.to(hidden_states.dtype)
+        experts, soft = sample_route(logits, self._router_noise, self.tau)
+        clean = soft if self._router_noise is None else torch.softmax(logits / self.tau, dim=-1)
+        self.fractions = experts.flatten().bincount(minlength=logits.shape[-1]) / experts.numel()
+        self.probabilities = clean.flatten(0, -2).mean(dim=0)
+        return experts, soft
+
+    def neuron_mask(self, hidden_states: Tensor) -> Tensor:
+        """The method as it reads: the route times the masks. A step computes the same by :func:`mask_by_expert`."""
+        experts, soft = self.choose(hidden_states)
+        return straight_through(F.one_hot(experts, soft.shape[-1]), soft) @ self.masks
+
+    def _read(self, module, args):
+        if self.is_on:
+            self._experts, self._soft_routes = self.choose(args[0])
+
+    def _mask_neurons(self, module, args):
+        if self.is_on and not self._keeps_all:
+            return (mask_by_expert(args[0], self._soft_routes, self.masks, self._experts), *args[1:])

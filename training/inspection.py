@@ -6,11 +6,12 @@ import torch
 from transformers import AutoConfig
 
 from tomoe_vllm.hf.configuration_tomoe import block_shape
+from tomoe_vllm.hf.modeling_tomoe import MODEL_CLASSES
 from tomoe_vllm.hf.register import register_configs
 from tomoe_vllm.hf.tomoe_math import BlockShape
 from tomoe_vllm.kv_layout import CPU_HEAD_SIZES, diffkv_widths, kept_widths, padded_widths, values_per_token
 from training.adapter import Adapter
-from training.checkpoint import ADAPTER_CONFIG, read_safetensors_header, stored_tensors
+from training.checkpoint import ADAPTER_CONFIG, StoredTensor, read_safetensors_header, stored_tensors
 from training.export import TOMOE_SHARD
 
 
@@ -44,9 +45,7 @@ def _inspect_checkpoint(folder: Path) -> dict:
     config = AutoConfig.from_pretrained(folder)
     if not config.model_type.startswith("tomoe_"):
         raise ValueError(f"{folder} is a dense {config.model_type} model, not a ToMoE checkpoint or adapter")
-    missing = [name for name in _expected_tomoe_tensors(config) if name not in tensors]
-    if missing:
-        raise ValueError(f"{folder} lacks the tensor {missing[0]} ({len(missing)} in all): export it again")
+    _check_complete(folder, config, tensors)
     shape = block_shape(config)
     widths = (config.qk_head_dims, config.vo_head_dims, config.expert_intermediate_sizes)
     active = sum(int(shape.active_parameters(*dims)) for dims in zip(*widths, strict=True))
@@ -136,13 +135,18 @@ def _parameters_outside_blocks(config) -> int:
     return config.vocab_size * config.hidden_size * (1 if config.tie_word_embeddings else 2)
 
 
-def _expected_tomoe_tensors(config):
-    for i in range(config.num_hidden_layers):
-        head, expert = f"model.layers.{i}.self_attn.head_gate", f"model.layers.{i}.mlp.expert_gate"
-        yield from (f"{head}.query_key_dims", f"{expert}.router.weight", f"{expert}.signature")
-        if config.vo_mode == "static":
-            yield f"{head}.value_dims"
-        if config.vo_mode == "dynamic":
-            for name in ("value_down.weight", "value_down.bias", "value_norm.weight", "value_norm.bias"):
-                yield f"{head}.{name}"
-            yield f"{head}.value_up.weight"
+def _check_complete(folder: Path, config, tensors: dict[str, StoredTensor]) -> None:
+    """Raise ``ValueError`` unless every tensor of the model is stored, in its shape."""
+    with torch.device("meta"):
+        model = MODEL_CLASSES[config.model_type.removeprefix("tomoe_")](config)
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    if config.tie_word_embeddings:
+        expected.pop("lm_head.weight", None)
+    missing = [name for name in expected if name not in tensors]
+    if missing:
+        raise ValueError(f"{folder} lacks the tensor {missing[0]} ({len(missing)} in all): export it again")
+    for name, shape in expected.items():
+        if tensors[name].shape != shape:
+            raise ValueError(
+                f"{folder}: {name} is {list(tensors[name].shape)} and its config says {list(shape)}: export it again"
+            )

@@ -9,12 +9,24 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tomoe_vllm.hf.tomoe_math import GUMBEL_MEDIAN, KEEP_BIAS, top_mask
+from tomoe_vllm.hf.tomoe_math import GUMBEL_MEDIAN, KEEP_BIAS
+
+
+class _StraightThrough(torch.autograd.Function):
+    """One kernel, where ``hard + (soft - soft.detach())`` takes three."""
+
+    @staticmethod
+    def forward(ctx, hard: Tensor, soft: Tensor) -> Tensor:
+        return hard.to(soft.dtype)
+
+    @staticmethod
+    def backward(ctx, *grad_outputs):
+        return None, grad_outputs[0]
 
 
 def straight_through(hard: Tensor, soft: Tensor) -> Tensor:
-    """Value of ``hard``, gradient of ``soft``. The value is exact: x + (s - s) = x."""
-    return hard.to(soft.dtype) + (soft - soft.detach())
+    """Value of ``hard`` (any dtype, no gradient), gradient of ``soft``; in the dtype of ``soft``."""
+    return _StraightThrough.apply(hard, soft)
 
 
 def gumbel(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
@@ -42,18 +54,22 @@ def width_mask(logits: Tensor, width: int, noise: Tensor | None, tau: float) -> 
     size = logits.shape[-1]
     if width >= size:  # nothing to choose: the gradient is zero (and there, for DDP)
         return straight_through(torch.ones_like(noisy), 0 * noisy)
-    values = noisy.detach()
-    hard = top_mask(values, width)
-    kept = values.masked_fill(~hard, torch.inf).amin(dim=-1, keepdim=True)
-    dropped = values.masked_fill(hard, -torch.inf).amax(dim=-1, keepdim=True)
-    return straight_through(hard, torch.sigmoid((noisy - (kept + dropped) / 2) / tau))
+    # The smaller side and one more, in order: the last two are the threshold's neighbours.
+    keeps_most = 2 * width > size
+    few = noisy.detach().topk(1 + (size - width if keeps_most else width), dim=-1, largest=not keeps_most)
+    hard = torch.full_like(noisy.detach(), float(keeps_most))
+    hard.scatter_(-1, few.indices[..., :-1], float(not keeps_most))
+    threshold = few.values[..., -2:].mean(dim=-1, keepdim=True)
+    return straight_through(hard, torch.sigmoid((noisy - threshold) / tau))
 
 
-def sample_route(logits: Tensor, noise: Tensor | None, tau: float) -> Tensor:
-    """ST-GSmax, eq. 14: one-hot of the (noisy) argmax with the gradient of the tempered softmax. [T, N]."""
+def sample_route(logits: Tensor, noise: Tensor | None, tau: float) -> tuple[Tensor, Tensor]:
+    """ST-GSmax, eq. 14, in its two parts: the expert of each token, [T] int64, and the tempered softmax [T, N].
+
+    The route is the one-hot of the expert with the gradient of the softmax.
+    """
     noisy = logits if noise is None else logits + noise
-    hard = torch.zeros_like(logits).scatter_(-1, noisy.argmax(dim=-1, keepdim=True), 1.0)
-    return straight_through(hard, torch.softmax(noisy / tau, dim=-1))
+    return noisy.argmax(dim=-1), torch.softmax(noisy / tau, dim=-1)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,8 @@ def tune_malloc() -> None:
     """Let glibc keep freed memory for large tensors.
 
     With the defaults every large activation is mapped and unmapped anew, and page faults take half of a
-    training step's time. Same as MALLOC_MMAP_THRESHOLD_ and MALLOC_TRIM_THRESHOLD_, but set from inside.
+    training step's time. Same as MALLOC_MMAP_THRESHOLD_ and MALLOC_TRIM_THRESHOLD_, but set from inside, where
+    trimming can be switched off: a step that frees more than a threshold of 2 GB would pay for it again.
     """
     if not sys.platform.startswith("linux"):
         return
@@ -20,7 +21,7 @@ def tune_malloc() -> None:
     try:
         libc = ctypes.CDLL("libc.so.6")
         libc.mallopt(m_mmap_threshold, 1 << 30)
-        libc.mallopt(m_trim_threshold, (1 << 31) - 1)
+        libc.mallopt(m_trim_threshold, -1)  # never
     except (OSError, AttributeError):  # another C library has other habits
         return
 

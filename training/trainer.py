@@ -57,6 +57,17 @@ def train(config: RunConfig, out: Path) -> dict[str, Any]:
     return _Run(config, out).run()
 
 
+def make_optimizer(config: RunConfig, student: Student) -> torch.optim.AdamW:
+    """AdamW over what is trained, the offsets in a group of their own."""
+    trained = {n: p for n, p in student.named_parameters() if p.requires_grad}
+    # Decay would pull the warm start's logits to the threshold; everything else decays, as published.
+    free = [p for n, p in trained.items() if n.endswith("offset")]
+    decayed = [p for n, p in trained.items() if not n.endswith("offset")]
+    rate = config.learning_rate if config.offset_learning_rate is None else config.offset_learning_rate
+    groups = [{"params": decayed}, {"params": free, "lr": rate, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=config.learning_rate, weight_decay=config.weight_decay, fused=True)
+
+
 def make_scheduler(config: RunConfig, optimizer: torch.optim.Optimizer):
     """The learning-rate schedule of a run."""
     return get_scheduler(
@@ -187,16 +198,6 @@ class _Run:
             temporary.replace(file)
         return load_documents(str(file))
 
-    def _optimizer(self) -> torch.optim.AdamW:
-        trained = {n: p for n, p in self.student.named_parameters() if p.requires_grad}
-        # Decay would pull the warm start's logits to the threshold; everything else decays, as published.
-        free = [p for n, p in trained.items() if n.endswith("offset")]
-        decayed = [p for n, p in trained.items() if not n.endswith("offset")]
-        config = self.config
-        rate = config.learning_rate if config.offset_learning_rate is None else config.offset_learning_rate
-        groups = [{"params": decayed}, {"params": free, "lr": rate, "weight_decay": 0.0}]
-        return torch.optim.AdamW(groups, lr=config.learning_rate, weight_decay=config.weight_decay)
-
     def _start(self) -> None:
         """Routers and masks before the first step: from an adapter, from activations, or cold."""
         config, length = self.config, self.config.sequence_length
@@ -232,7 +233,7 @@ class _Run:
         if (self.out / ADAPTER_CONFIG).is_file():
             summary = json.loads((self.out / ADAPTER_CONFIG).read_text())["training"]
             return {"adapter": str(self.out), "resumed_from": config.steps, **summary}
-        optimizer = self._optimizer()
+        optimizer = make_optimizer(config, self.student)
         scheduler = make_scheduler(config, optimizer)
         state = self._load_checkpoint()
         if state is None:
