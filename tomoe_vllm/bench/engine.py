@@ -62,35 +62,37 @@ def start_engines(folders: dict[str, Path]) -> Iterator[tuple[dict[str, Engine],
             engine.process.wait()
 
 
-def _rounds(engines: dict[str, Engine], rounds: int, **task: int) -> dict[str, list[dict]]:
-    answers: dict[str, list[dict]] = {name: [] for name in engines}
-    for round_ in range(rounds + 1):
-        for name, engine in engines.items():
-            answer = engine.ask(**task)
-            if round_:  # the first warms up
-                answers[name].append(answer)
-    return answers
-
-
 def bench_decode(engines: dict[str, Engine], rounds: int = 3) -> list[dict]:
-    """Tokens per second while ``batch`` sequences get one token per step."""
+    """Tokens per second while ``batch`` sequences get one token per step. The engines take turns step by step, so that
+    what disturbs the machine, or slows its memory for a while, hits them alike.
+    """
     rows = []
     for batch in BATCHES:
-        answers = _rounds(engines, rounds, prompt_tokens=DECODE_PROMPT, batch=batch, new_tokens=DECODE_STEPS + 1)
-        steps = {name: [step for a in answers[name] for step in a["steps_s"]] for name in engines}
+        steps: dict[str, list[float]] = {name: [] for name in engines}
+        for round_ in range(rounds + 1):
+            for engine in engines.values():
+                engine.ask(prompt_tokens=DECODE_PROMPT, batch=batch, new_tokens=DECODE_STEPS + 1)
+            for _ in range(DECODE_STEPS):
+                for name, engine in engines.items():
+                    answer = engine.ask(step=1)
+                    if round_:  # the first warms up
+                        steps[name].append(answer["step_s"])
         rows.append({"batch": batch} | _rates(steps, batch))
         print(_line(f"decode, batch {batch}", rows[-1]), file=sys.stderr, flush=True)
     return rows
 
 
-def bench_prefill(engines: dict[str, Engine], rounds: int = 5) -> list[dict]:
+def bench_prefill(engines: dict[str, Engine], rounds: int = 7) -> list[dict]:
     """Prompt tokens per second up to the first token of one sequence."""
     rows = []
     for length in PROMPTS:
-        answers = _rounds(engines, rounds, prompt_tokens=length, batch=1, new_tokens=1)
-        rows.append(
-            {"prompt_tokens": length} | _rates({n: [a["first_s"] for a in answers[n]] for n in engines}, length)
-        )
+        seconds: dict[str, list[float]] = {name: [] for name in engines}
+        for round_ in range(rounds + 1):
+            for name, engine in engines.items():
+                answer = engine.ask(prompt_tokens=length, batch=1, new_tokens=1)
+                if round_:
+                    seconds[name].append(answer["first_s"])
+        rows.append({"prompt_tokens": length} | _rates(seconds, length))
         print(_line(f"prefill of {length}", rows[-1]), file=sys.stderr, flush=True)
     return rows
 

@@ -11,6 +11,7 @@ from transformers import AutoConfig
 
 from tomoe_vllm import __version__
 from tomoe_vllm.bench.shapes import shape_of
+from tomoe_vllm.hf.register import register_configs
 
 PARTS = ("op", "decode", "prefill", "memory")
 
@@ -34,6 +35,7 @@ def bench(only: list[str] | None, shape: str, model: Path | None, tomoe: Path | 
         raise ValueError(f"{out} exists; name a folder that does not")
     results: dict[str, Any] = {"version": __version__, "model": str(model) if model else shape, "active_ratio": 0.5}
     if tomoe is not None:
+        register_configs()
         results["active_ratio"] = AutoConfig.from_pretrained(tomoe).active_ratio
     if "op" in parts:
         from tomoe_vllm.bench.op import bench_op

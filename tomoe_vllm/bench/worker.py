@@ -2,9 +2,9 @@
 
     python -m tomoe_vllm.bench.worker FOLDER
 
-Each line on standard input is a JSON object ``{"prompt_tokens": n, "batch": b, "new_tokens": m}``; its answer on
-standard output has ``first_s``, from the first request to the first token, and ``steps_s``, the duration of
-each step in which every sequence got one more token. An empty object asks for memory only.
+Each line on standard input is a JSON object, each answer one on standard output. ``{"prompt_tokens": n, "batch": b,
+"new_tokens": m}`` starts sequences: ``first_s`` is the time from the first request until every sequence has a
+token. ``{"step": 1}`` gives every sequence one more: ``step_s``. An empty object asks for memory only.
 """
 
 import json
@@ -52,27 +52,27 @@ class Worker:
         self.generator = torch.Generator().manual_seed(0)
         self.num_requests = 0
 
-    def measure(self, prompt_tokens: int, batch: int, new_tokens: int) -> dict:
-        """Greedy generation of ``batch`` random prompts at once."""
+    def start(self, prompt_tokens: int, batch: int, new_tokens: int) -> dict:
+        """Begin greedy generation of ``batch`` random prompts at once."""
         import torch
         from vllm import SamplingParams
 
         params = SamplingParams(temperature=0, max_tokens=new_tokens, ignore_eos=True, detokenize=False)
         prompts = torch.randint(2, self.vocab_size, (batch, prompt_tokens), generator=self.generator).tolist()
-        start = time.perf_counter()
+        begin = time.perf_counter()
         for prompt in prompts:
             self.num_requests += 1
             self.engine.add_request(str(self.num_requests), {"prompt_token_ids": prompt}, params)
-        first, steps = None, []
-        while self.engine.has_unfinished_requests():
-            before = time.perf_counter()
-            outputs = self.engine.step()
-            now = time.perf_counter()
-            if outputs and first is None:
-                first = now - start
-            elif len(outputs) == batch:
-                steps.append(now - before)
-        return {"first_s": first, "steps_s": steps}
+        started: set[str] = set()
+        while len(started) < batch:
+            started |= {output.request_id for output in self.engine.step()}
+        return {"first_s": time.perf_counter() - begin}
+
+    def step(self) -> dict:
+        """One more token for every sequence."""
+        begin = time.perf_counter()
+        self.engine.step()
+        return {"step_s": time.perf_counter() - begin}
 
 
 def main() -> None:
@@ -84,7 +84,7 @@ def main() -> None:
     print(json.dumps(memory()), file=answers, flush=True)
     for line in sys.stdin:
         task = json.loads(line)
-        result = worker.measure(**task) if task else {}
+        result = worker.step() if "step" in task else worker.start(**task) if task else {}
         print(json.dumps(result | memory()), file=answers, flush=True)
     os._exit(0)  # vLLM's threads now and then outlive the interpreter, which then aborts
 

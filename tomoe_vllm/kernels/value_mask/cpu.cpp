@@ -19,19 +19,20 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 constexpr float kNormEps = 1e-5f;  // torch.nn.functional.layer_norm's
-constexpr int64_t kRowChunk = 48;  // rows of W_down per unit of work: a multiple of a tile's
-
 inline const float* floats(const Tensor& tensor) { return static_cast<const float*>(tensor.data_ptr()); }
 
-// ``out[t * stride + r] = w[r] . x[t]`` for rows [begin, end) and up to kDotTokens tokens.
+// ``out[t * stride + r] = w[r] . x[t]`` for rows [begin, end) and up to kDotTokens tokens. The rows of the next tile
+// are fetched meanwhile.
 void project(const float* w, int64_t depth, int64_t begin, int64_t end, const float* const* x, int tokens, float* out,
              int64_t stride) {
   for (int64_t r = begin; r < end; r += kDotRows) {
     const int rows = static_cast<int>(std::min<int64_t>(kDotRows, end - r));
-    const float* row[kDotRows];
+    const int num_next = static_cast<int>(std::min<int64_t>(kDotRows, end - r - rows));
+    const float *row[kDotRows], *next[kDotRows];
     float* target[kDotRows];
     for (int j = 0; j < rows; ++j) row[j] = w + (r + j) * depth, target[j] = out + r + j;
-    dot_tile_of(tokens, rows)(row, x, 0, depth, row, 0, target, stride, true);
+    for (int j = 0; j < num_next; ++j) next[j] = row[0] + (rows + j) * depth;
+    dot_tile_of(tokens, rows)(row, x, 0, depth, next, num_next, target, stride, true);
   }
 }
 
@@ -82,7 +83,10 @@ Tensor mask_values(Tensor attention, Tensor hidden_states, Tensor down_weight, T
   auto* out_rows = static_cast<float*>(out.data_ptr());
   std::vector<float> embeddings(tokens * rank);
   const int threads = static_cast<int>(torch::stable::get_num_threads());
-  const int64_t tiles = (tokens + kDotTokens - 1) / kDotTokens, chunks = (rank + kRowChunk - 1) / kRowChunk;
+  const int64_t tiles = (tokens + kDotTokens - 1) / kDotTokens;
+  // Few tokens: an equal share of W_down's rows for each thread, in whole tiles. Many: as many as stay near.
+  const int64_t share = (rank + threads - 1) / threads, rows_at_once = tiles >= 4 * threads ? 48 : share;
+  const int64_t chunk = (rows_at_once + kDotRows - 1) / kDotRows * kDotRows, chunks = (rank + chunk - 1) / chunk;
   const auto token_pointers = [&](const float* rows, int64_t stride, int64_t tile, const float** pointers) {
     const int count = static_cast<int>(std::min<int64_t>(kDotTokens, tokens - tile * kDotTokens));
     for (int j = 0; j < count; ++j) pointers[j] = rows + (tile * kDotTokens + j) * stride;
@@ -95,9 +99,9 @@ Tensor mask_values(Tensor attention, Tensor hidden_states, Tensor down_weight, T
     const float* pointers[kDotTokens];
 #pragma omp for schedule(static)
     for (int64_t work = 0; work < tiles * chunks; ++work) {
-      const int64_t tile = work / chunks, begin = work % chunks * kRowChunk;
+      const int64_t tile = work / chunks, begin = work % chunks * chunk;
       const int count = token_pointers(x_rows, depth, tile, pointers);
-      project(floats(down_weight), depth, begin, std::min(begin + kRowChunk, rank), pointers, count,
+      project(floats(down_weight), depth, begin, std::min(begin + chunk, rank), pointers, count,
               embeddings.data() + tile * kDotTokens * rank, rank);
     }
 #pragma omp for schedule(static)
