@@ -194,8 +194,13 @@ def load_state(file: Path, device: torch.device) -> dict[str, Any] | None:
 
 def write_json_whole(path: Path, data: object) -> None:
     """Write JSON so that a reader sees the old file or the new one, never half of it."""
+    write_text_whole(path, json.dumps(data, indent=2) + "\n")
+
+
+def write_text_whole(path: Path, text: str) -> None:
+    """Write text so that a reader sees the old file or the new one, never half of it."""
     temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
-    temporary.write_text(json.dumps(data, indent=2) + "\n")
+    temporary.write_text(text)
     temporary.replace(path)
 
 
