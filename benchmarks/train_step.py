@@ -40,6 +40,7 @@ def tomoe_step(student: Student, ids: torch.Tensor, noise: NoiseSource, optimize
     out = student(ids, noise.draw(step, list(range(len(ids))), ids.shape[1]))
     optimizer.zero_grad(set_to_none=True)
     out["loss"].backward()
+    student.update_quantiles()
     optimizer.step()
 
 

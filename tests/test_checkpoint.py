@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.helpers.dense_models import save_dense_model
+from tests.helpers.processes import start_python
 from training.checkpoint import (
     INDEX_NAME,
     fingerprint,
@@ -153,6 +154,33 @@ def test_nothing_is_left_when_the_block_fails(tmp_path, error):
     with pytest.raises(error):
         write()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_killed_process_left_is_removed_and_what_a_living_one_writes_is_not(tmp_path):
+    code = f"""
+import pathlib, time
+from training.checkpoint import whole_folder
+with whole_folder(pathlib.Path({str(tmp_path / "out")!r})) as folder:
+    (folder / "a").write_text("half")
+    print(folder.name, flush=True)
+    time.sleep(600)
+"""
+    dead, alive = start_python("-c", code), None
+    try:
+        left = dead.stdout.readline().strip()
+        dead.kill()
+        dead.communicate()
+        assert (tmp_path / left).is_dir()
+        alive = start_python("-c", code)
+        written = alive.stdout.readline().strip()
+        assert [p.name for p in tmp_path.iterdir()] == [written]  # the second writer removed what the first left
+        with whole_folder(tmp_path / "out"):
+            assert (tmp_path / written / "a").read_text() == "half"
+    finally:
+        for process in filter(None, (dead, alive)):
+            process.kill()
+            process.communicate()
+    assert {p.name for p in tmp_path.iterdir()} == {"out", written}
 
 
 def test_empty_folder_is_used_and_a_full_one_refused(tmp_path):

@@ -64,6 +64,12 @@ def test_parquet_file_is_read(tmp_path):
     assert load_documents(str(tmp_path / "a.parquet"))["text"] == ["w0", "w1"]
 
 
+def test_data_set_of_the_hub_or_of_a_folder_is_taken_by_name(tmp_path):
+    _write_jsonl(tmp_path / "train.jsonl", [{"text": "w0"}, {"text": "w1"}])
+    _write_jsonl(tmp_path / "test.jsonl", [{"text": "never trained on"}])
+    assert load_documents(f"hf:{tmp_path}")["text"] == ["w0", "w1"]
+
+
 def test_wrong_column_lists_the_columns_there_are(tmp_path):
     file = _write_jsonl(tmp_path / "a.jsonl", [{"body": "x", "title": "y"}])
     with pytest.raises(ValueError, match=r"no column 'story'; it has: body, title\. Use --text-column"):

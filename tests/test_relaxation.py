@@ -170,3 +170,10 @@ def test_scale_zero_is_no_noise_and_scale_two_is_twice_the_noise():
     once, twice = _source().draw(0, [0], 6), _source(mask_scale=2.0, router_scale=2.0).draw(0, [0], 6)
     assert torch.equal(twice.experts, 2 * once.experts)
     assert torch.equal(twice.router, 2 * once.router)
+
+
+@pytest.mark.parametrize("width", [None, 2, 4])
+def test_logits_that_are_not_finite_are_not_hidden_by_the_mask(width):
+    logits = torch.tensor([1.0, float("nan"), -1.0, 2.0])
+    mask = sample_mask(logits, None, TAU) if width is None else width_mask(logits, width, None, TAU)
+    assert mask.isnan().any()

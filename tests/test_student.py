@@ -133,9 +133,16 @@ def test_student_started_from_an_adapter_has_its_masks(family, vo_mode, dense_fo
 
 
 @torch.no_grad()
-def test_running_quantiles_move_slowly(dense_folder):
+def test_running_quantiles_move_slowly_and_once_per_step(dense_folder):
     student = random_student(dense_folder())
     before = student.value_quantiles.clone()
-    student(_ids())
-    seen = torch.stack([head.batch_quantiles for head in student.head_gates])
-    assert_close(student.value_quantiles, 0.98 * before + 0.02 * seen)
+    seen = []
+    for part in _ids(batch=3).split(1):
+        student(part)
+        seen.append(torch.stack([head.batch_quantiles for head in student.head_gates]))
+    assert torch.equal(student.value_quantiles, before)
+    student.update_quantiles()
+    assert_close(student.value_quantiles, 0.98 * before + 0.02 * torch.stack(seen).mean(dim=0))
+    once = student.value_quantiles.clone()
+    student.update_quantiles()  # nothing new was seen
+    assert torch.equal(student.value_quantiles, once)

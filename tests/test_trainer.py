@@ -48,6 +48,16 @@ def config(dense_folder, text_file):
     return make
 
 
+@pytest.fixture(scope="module")
+def plain_run(dense_folder, text_file, tmp_path_factory):
+    """Settings of a short run, and its adapter: what one changed setting is compared with."""
+    fields = {"steps": 3, "widths_every": 0}
+    out = tmp_path_factory.mktemp("plain") / "out"
+    settings = SETTINGS | {"base": str(dense_folder()), "data": [str(text_file)]} | fields
+    train(load_run_config(None, settings, []), out)
+    return fields, out
+
+
 def _assignments(config_, **fields):
     """The same run as command-line arguments."""
     settings = {k: getattr(config_, k) for k in SETTINGS} | fields
@@ -145,6 +155,46 @@ def test_a_different_seed_gives_another_adapter_and_the_same_seed_the_same(confi
     assert _largest_difference(tmp_path / "a", tmp_path / "c") > 0.01
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"objective": "lm"},
+        {"beta": 0.0},  # no R_U
+        {"gamma": 0.0},
+        {"vo_mode": "none", "active_ratio": 0.7},  # no value routing
+        {"vo_mode": "static"},
+        {"local_embeddings": True},
+        {"tau": 0.3},
+        {"num_experts": 3},
+        {"train_offsets": False},
+        {"mask_noise": 1.0},
+        {"router_noise": 1.0},
+        {"budget": "penalty"},
+        {"warm_start_tokens": 0},
+        {"weight_decay": 0.5},
+        {"offset_learning_rate": 0.1},
+        {"max_grad_norm": 1e-6},
+        {"schedule": "linear"},
+        {"warmup_steps": 2},
+    ],
+    ids=lambda change: "-".join(f"{k}={v}" for k, v in change.items()),
+)
+def test_every_switch_changes_what_is_trained(change, config, plain_run, tmp_path):
+    train(config(**plain_run[0] | change), tmp_path / "out")
+    mine, theirs = _tensors(tmp_path / "out"), _tensors(plain_run[1])
+    same_shapes = {n for n, t in mine.items() if n in theirs and t.shape == theirs[n].shape}
+    assert same_shapes != mine.keys() or any(not torch.allclose(mine[n], theirs[n], rtol=1e-5) for n in same_shapes)
+
+
+def test_penalty_weighs_only_where_the_budget_is_a_penalty(config, tmp_path):
+    fields = {"steps": 2, "warm_start_tokens": 0}
+    for budget in ("exact", "penalty"):
+        for alpha in (16.0, 1.0):
+            train(config(**fields, budget=budget, alpha=alpha), tmp_path / f"{budget}{alpha}")
+    _assert_identical(tmp_path / "exact16.0", tmp_path / "exact1.0")
+    assert _largest_difference(tmp_path / "penalty16.0", tmp_path / "penalty1.0") > 1e-4
+
+
 def test_gradient_checkpointing_changes_nothing(config, tmp_path):
     train(config(steps=3), tmp_path / "plain")
     train(config(steps=3, gradient_checkpointing=True), tmp_path / "checkpointed")
@@ -152,8 +202,8 @@ def test_gradient_checkpointing_changes_nothing(config, tmp_path):
 
 
 def test_accumulated_gradients_are_those_of_the_whole_batch(config, tmp_path):
-    # R_L and the running value quantiles are not linear in the batch, so they stay out of this.
-    fields = {"batch_size": 4, "gamma": 0.0, "vo_mode": "static", "steps": 3, "mask_noise": 1.0, "router_noise": 1.0}
+    # R_L is a product of two means over the forward pass's tokens, so it stays out of this.
+    fields = {"batch_size": 4, "gamma": 0.0, "steps": 3, "mask_noise": 1.0, "router_noise": 1.0}
     train(config(**fields), tmp_path / "whole")
     train(config(**fields, micro_batch_size=1), tmp_path / "parts")
     assert _largest_difference(tmp_path / "parts", tmp_path / "whole") < 1e-5
@@ -229,12 +279,14 @@ def test_killed_run_ends_with_the_same_bits(config, tmp_path):
     assert (killed / ADAPTER_TENSORS).stat().st_mtime_ns == before
 
 
-def test_two_processes_train_the_adapter_of_one(config, tmp_path):
+@pytest.mark.parametrize("shard_base", [False, True], ids=["copies", "sharded"])
+def test_two_processes_train_the_adapter_of_one(shard_base, config, tmp_path):
     fields = {"mask_noise": 1.0, "router_noise": 1.0, "steps": 5}
     train(config(**fields), tmp_path / "one")
     launch = ["-m", "torch.distributed.run", "--nproc-per-node", 2, "--master-port", _free_port()]
+    sets = _assignments(config(), **fields, shard_base=shard_base)
     result = python(
-        *launch, "-m", "tomoe_vllm.cli", "train", "--out", tmp_path / "two", *_assignments(config(), **fields),
+        *launch, "-m", "tomoe_vllm.cli", "train", "--out", tmp_path / "two", *sets,
         env=environment(ACCELERATE_USE_CPU="true", GLOO_SOCKET_IFNAME="lo"),
     )  # fmt: skip
     assert result.returncode == 0, result.stderr[-3000:]

@@ -229,9 +229,11 @@ def eval_ppl(
     max_blocks: Annotated[int | None, typer.Option(help="Blocks to score; 0 scores all.")] = 40,
     backend: Annotated[str, typer.Option(help="hf (the reference) or vllm.")] = "hf",
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    record: Annotated[bool, typer.Option("--record", help="Also write it into the checkpoint's README.md.")] = False,
 ) -> None:
     """Perplexity, token level, over non-overlapping blocks."""
     from training.evaluate import evaluate_perplexity
+    from training.model_card import record_perplexity
 
     score: Any = None
     if backend == "vllm":
@@ -239,7 +241,10 @@ def eval_ppl(
     elif backend != "hf":
         raise ValueError(f"backend is {backend!r}; it must be hf or vllm")
     facts = evaluate_perplexity(model, text, block_size=block_size, max_blocks=max_blocks, dtype=dtype, score=score)
-    _result(facts | {"backend": backend})
+    facts |= {"backend": backend}
+    if record:
+        record_perplexity(model, facts)
+    _result(facts)
 
 
 @evaluation.command("tasks")

@@ -4,9 +4,12 @@ An adapter is a folder like a LoRA adapter: ``adapter_config.json`` and ``adapte
 its base model by :func:`fingerprint`, which depends on the tensors only and not on how they are sharded.
 """
 
+import fcntl
+import glob
 import hashlib
 import json
 import os
+import pickle
 import shutil
 import struct
 import tempfile
@@ -14,7 +17,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
@@ -119,12 +124,18 @@ def fingerprint_of(tensors: dict[str, StoredTensor]) -> str:
 def whole_folder(out: Path) -> Iterator[Path]:
     """A temporary folder that becomes ``out`` when the block ends well, and vanishes otherwise.
 
+    What a killed process left of an earlier attempt is removed first: each writer holds a lock on its folder.
     Raises ``ValueError`` if ``out`` exists and is not an empty folder.
     """
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise ValueError(f"{out} already exists; choose another --out or remove it")
     out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f"{out.name}.tmp-", dir=out.parent))
+    for left in out.parent.glob(f"{glob.escape(out.name)}.tmp-*"):
+        lock = _lock_folder(left)
+        if lock is not None:
+            shutil.rmtree(left, ignore_errors=True)
+            os.close(lock)
+    temporary, lock = _locked_folder(out)
     try:
         yield temporary
         temporary.chmod(0o777 & ~_umask())
@@ -134,12 +145,62 @@ def whole_folder(out: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+    finally:
+        os.close(lock)
+
+
+def _locked_folder(out: Path) -> tuple[Path, int]:
+    """A new temporary folder beside ``out`` and its lock; again if another process took it for a dead one's."""
+    while True:
+        temporary = Path(tempfile.mkdtemp(prefix=f"{out.name}.tmp-", dir=out.parent))
+        lock = _lock_folder(temporary)
+        if lock is not None and temporary.exists():
+            return temporary, lock
+
+
+def _lock_folder(folder: Path) -> int | None:
+    """A descriptor that holds the folder's lock until it is closed or its process ends; None if another has it."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        return None
+    return descriptor
+
+
+def save_state(state: dict[str, Any], file: Path) -> None:
+    """Save a training state so that a kill at any moment leaves the old one or the new one."""
+    temporary = file.with_suffix(".tmp")  # one name: what a killed run left half-written is overwritten
+    with temporary.open("wb") as stream:
+        torch.save(state, stream)
+        stream.flush()
+        os.fsync(stream.fileno())
+    temporary.replace(file)
+
+
+def load_state(file: Path, device: torch.device) -> dict[str, Any] | None:
+    """What :func:`save_state` saved, or None. Raises ``ValueError`` for a damaged file, which stays."""
+    if not file.is_file():
+        return None
+    try:
+        return torch.load(file, map_location=device, weights_only=False)
+    except (RuntimeError, EOFError, pickle.UnpicklingError, KeyError, ValueError) as error:
+        raise ValueError(f"{file} is damaged; remove it to start this run again from step 0") from error
 
 
 def write_json_whole(path: Path, data: object) -> None:
     """Write JSON so that a reader sees the old file or the new one, never half of it."""
+    write_text_whole(path, json.dumps(data, indent=2) + "\n")
+
+
+def write_text_whole(path: Path, text: str) -> None:
+    """Write text so that a reader sees the old file or the new one, never half of it."""
     temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
-    temporary.write_text(json.dumps(data, indent=2) + "\n")
+    temporary.write_text(text)
     temporary.replace(path)
 
 

@@ -78,6 +78,8 @@ class RunConfig(MethodSettings):
     dtype: str = "auto"
     """Of the frozen base: float32, bfloat16, or auto (bfloat16 where the hardware multiplies it fast)."""
     gradient_checkpointing: bool = False
+    shard_base: bool = False
+    """Split the frozen base's layers over the processes (FSDP2) instead of one copy each; of no effect with one."""
     warm_start_tokens: int = 8192
     """Tokens of training text whose importances start routers, masks and widths; 0 is a cold start (the paper)."""
     init_adapter: str | None = None

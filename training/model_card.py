@@ -1,6 +1,10 @@
 """The README.md of a checkpoint."""
 
+import json
+from pathlib import Path
+
 from tomoe_vllm.hf.tomoe_math import BlockShape
+from training.checkpoint import write_text_whole
 
 
 def _span(widths: list[int]) -> str:
@@ -35,6 +39,7 @@ Converted from **{config.base_model_name}** by [ToMoE](https://arxiv.org/abs/250
 | trained on | {sources} |
 | steps, tokens | {training.get("steps", "?")}, {training.get("tokens", "?")} |
 | training time | {training.get("seconds", 0) / 3600:.2f} h |
+| command | `{" ".join(training.get("provenance", {}).get("command", ["not recorded"]))}` |
 | base model hash | `{config.base_model_hash}` |
 
 ## Use
@@ -49,6 +54,33 @@ reference: exact, not fast). `tomoe_provenance.json` holds the resolved run conf
 """
 
 
+PERPLEXITY = """
+## Perplexity
+
+| text | blocks x tokens | dtype, backend | perplexity |
+|---|---|---|---|
+"""
+
+
+def record_perplexity(folder: Path, facts: dict) -> None:
+    """Add a result of ``tomoe eval ppl`` to a checkpoint's card; the same measurement again takes its place.
+
+    Raises ``ValueError`` for a folder that is not a ToMoE checkpoint: another model's card is not ours to change.
+    """
+    card, config = folder / "README.md", json.loads((folder / "config.json").read_text())
+    if not str(config.get("model_type", "")).startswith("tomoe_") or not card.is_file():
+        raise ValueError(f"{folder} is not a ToMoE checkpoint with a README.md; leave --record out")
+    text = card.read_text()
+    if PERPLEXITY not in text:
+        text = text.rstrip() + "\n" + PERPLEXITY
+    before, after = text.split(PERPLEXITY)
+    key = f"| {facts['text']} | {facts['blocks']} x {facts['block_size']} | {facts['dtype']}, {facts['backend']} |"
+    rows, separator, rest = after.partition("\n\n")
+    kept = [row for row in rows.splitlines() if not row.startswith(key)]
+    table = "\n".join([*kept, f"{key} {facts['ppl']:.2f} |"])
+    write_text_whole(card, before + PERPLEXITY + table + (separator + rest if rest else "\n"))
+
+
 def fine_tuned_card(card: str, finetuning: dict) -> str:
     """A checkpoint's card after ``tomoe finetune``: it no longer says that the weights are the base's."""
     changed = (
@@ -56,6 +88,9 @@ def fine_tuned_card(card: str, finetuning: dict) -> str:
         "masks (see the end): they are no\nlonger the base's."
     )
     sources = ", ".join(map(str, finetuning["data"]))
+    before, heading, after = card.partition(PERPLEXITY)
+    if heading:  # measured on the weights before
+        card = before.rstrip() + "\n\n" + after.partition("\n\n")[2]
     return f"""{card.replace(UNCHANGED, changed).rstrip()}
 
 ## Fine-tuned

@@ -13,11 +13,11 @@ from tomoe_vllm.hf.tomoe_math import GUMBEL_MEDIAN, KEEP_BIAS
 
 
 class _StraightThrough(torch.autograd.Function):
-    """One kernel, where ``hard + (soft - soft.detach())`` takes three."""
+    """``hard + (soft - soft.detach())`` without its graph."""
 
     @staticmethod
     def forward(ctx, hard: Tensor, soft: Tensor) -> Tensor:
-        return hard.to(soft.dtype)
+        return torch.sub(soft, soft).add_(hard)  # zero, but for what is not finite: that must reach the loss
 
     @staticmethod
     def backward(ctx, *grad_outputs):
@@ -25,7 +25,7 @@ class _StraightThrough(torch.autograd.Function):
 
 
 def straight_through(hard: Tensor, soft: Tensor) -> Tensor:
-    """Value of ``hard`` (any dtype, no gradient), gradient of ``soft``; in the dtype of ``soft``."""
+    """Value of ``hard`` (any dtype, no gradient), gradient of ``soft``; in the dtype of ``soft``. NaN stays NaN."""
     return _StraightThrough.apply(hard, soft)
 
 

@@ -52,6 +52,7 @@ class Student(nn.Module):
         object.__setattr__(self, "base", base)
         # Quantiles of each layer's value logits over training tokens and dims, a running mean.
         self.register_buffer("value_quantiles", torch.zeros(num_layers, NUM_QUANTILES))
+        self._seen_quantiles: list[tuple[list[int], Tensor]] = []
         self.widths: Widths | None = None
         self.widths_are_frozen = False
 
@@ -89,7 +90,7 @@ class Student(nn.Module):
             task = distillation_loss(student.flatten(0, 1), teacher.flatten(0, 1), lm_head)
         else:
             task = language_model_loss(student[:, :-1].flatten(0, 1), input_ids[:, 1:].flatten(), lm_head)
-        self._update_quantiles(QUANTILE_DECAY)
+        self._note_quantiles()
         return self._objective(task)
 
     def _objective(self, task: Tensor) -> dict[str, Tensor]:
@@ -139,15 +140,24 @@ class Student(nn.Module):
         self.set_gates(True)
         self.begin()
         self.hidden_states(batch)
-        self._update_quantiles(decay=0.0)
+        self._note_quantiles()
+        self.update_quantiles(decay=0.0)
 
-    @torch.no_grad()
-    def _update_quantiles(self, decay: float) -> None:
+    def _note_quantiles(self) -> None:
+        """Keep what this forward pass saw of the value logits until the step ends."""
         if self.settings.vo_mode == "dynamic":
             rows = [i for i, head in enumerate(self.head_gates) if not head.keeps_value]
             if rows:
-                seen = _mean_across_ranks(torch.stack([self.head_gates[i].batch_quantiles for i in rows]))
-                self.value_quantiles[rows] = torch.lerp(seen, self.value_quantiles[rows], decay)
+                self._seen_quantiles.append((rows, torch.stack([self.head_gates[i].batch_quantiles for i in rows])))
+
+    @torch.no_grad()
+    def update_quantiles(self, decay: float = QUANTILE_DECAY) -> None:
+        """Once per optimiser step: move the running quantiles towards the mean of its forward passes."""
+        if self._seen_quantiles:
+            rows = self._seen_quantiles[0][0]
+            seen = _mean_across_ranks(torch.stack([quantiles for _, quantiles in self._seen_quantiles]).mean(dim=0))
+            self.value_quantiles[rows] = torch.lerp(seen, self.value_quantiles[rows], decay)
+        self._seen_quantiles.clear()
 
     @torch.no_grad()
     def settle_widths(self) -> Widths:

@@ -13,7 +13,6 @@ import dataclasses
 import json
 import math
 import os
-import pickle
 import time
 from pathlib import Path
 from typing import Any
@@ -21,13 +20,15 @@ from typing import Any
 import torch
 import yaml
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from transformers import AutoModelForCausalLM, AutoTokenizer, get_scheduler
 
 from tomoe_vllm.hf.configuration_tomoe import base_model_type
 from training.adapter import Adapter, AdapterConfig
-from training.checkpoint import ADAPTER_CONFIG, fingerprint, stored_tensors, write_json_whole
+from training.checkpoint import ADAPTER_CONFIG, fingerprint, load_state, save_state, stored_tensors, write_json_whole
 from training.config import RunConfig
 from training.data import InterleavedBlocks, load_documents, pack, sample_from_model
 from training.export import check_base, load_base_config
@@ -45,7 +46,7 @@ RUN_CONFIG = "config.yaml"
 SELF_TEXT_LENGTH = 256
 """Tokens of one text sampled from the dense model: decoding is serial, so short texts in a batch are quick."""
 # Settings a resumed run may change without becoming another run.
-_MAY_CHANGE = {"log_every", "checkpoint_every", "tensorboard", "notes"}
+MAY_CHANGE = {"log_every", "checkpoint_every", "tensorboard", "notes"}
 
 
 def train(config: RunConfig, out: Path) -> dict[str, Any]:
@@ -102,6 +103,11 @@ class _Run:
             gradient_accumulation_steps=1,
         )
         self.is_main = self.accelerator.is_main_process
+        if self.accelerator.distributed_type == DistributedType.FSDP:
+            raise ValueError(
+                "FSDP by accelerate's settings would split the gates; launch plain processes and set shard_base to "
+                "true, which splits the frozen base (FSDP2)"
+            )
         self._divide_batch()
         self._claim_folder()
         hide_progress_bars()
@@ -115,6 +121,8 @@ class _Run:
         self._check_tokenizer(base_config)
         self.blocks = self._load_blocks()
         self.student = Student(self.base, config).to(self.accelerator.device)
+        if config.shard_base and self.accelerator.num_processes > 1:
+            self._shard_base()
         self.base_hash = fingerprint(self.base_folder)
 
     # --------------------------------------------------------------------------------------- set-up
@@ -135,10 +143,10 @@ class _Run:
         A run that failed before its first step (a mistyped file name) left nothing worth keeping.
         """
         file = self.run_folder / RUN_CONFIG
-        mine = {k: v for k, v in dataclasses.asdict(self.config).items() if k not in _MAY_CHANGE}
+        mine = {k: v for k, v in dataclasses.asdict(self.config).items() if k not in MAY_CHANGE}
         has_started = any(f.is_file() for f in (self.run_folder / METRICS, self.out / ADAPTER_CONFIG))
         if has_started and file.is_file():
-            theirs = {k: v for k, v in yaml.safe_load(file.read_text()).items() if k not in _MAY_CHANGE}
+            theirs = {k: v for k, v in yaml.safe_load(file.read_text()).items() if k not in MAY_CHANGE}
             differing = sorted(k for k in mine.keys() | theirs.keys() if mine.get(k) != theirs.get(k))
             if differing:
                 k = differing[0]
@@ -166,6 +174,15 @@ class _Run:
                 module.p = 0.0
             elif hasattr(module, "attention_dropout"):
                 module.attention_dropout = 0.0
+
+    def _shard_base(self) -> None:
+        """Split every decoder layer over the processes (FSDP2); each is whole only while it computes.
+
+        Embeddings, final norm and lm_head stay whole: the distillation loss reads lm_head's weight itself.
+        """
+        mesh = init_device_mesh(self.accelerator.device.type, (self.accelerator.num_processes,))
+        for layer in self.base.model.layers:
+            fully_shard(layer, mesh=mesh)
 
     def _check_tokenizer(self, base_config) -> None:
         if len(self.tokenizer) > base_config.vocab_size:
@@ -288,6 +305,7 @@ class _Run:
                 self.accelerator.backward(out["loss"] / len(self.micro_batches))
             for name, value in out.items():
                 sums[name] = sums.get(name, 0.0) + value.item() / len(self.micro_batches)
+        self.student.update_quantiles()
         mean = self.accelerator.reduce(torch.tensor(list(sums.values()), dtype=torch.float64), "mean")
         terms = dict(zip(sums, mean.tolist(), strict=True))
         check_finite(terms, step)
@@ -300,13 +318,8 @@ class _Run:
     # ---------------------------------------------------------------------------------------- files
     def _load_checkpoint(self) -> dict | None:
         file = self.run_folder / CHECKPOINT
-        if not file.is_file():
-            return None
-        try:
-            state = torch.load(file, map_location=self.accelerator.device, weights_only=False)
-        except (RuntimeError, EOFError, pickle.UnpicklingError, KeyError, ValueError) as error:
-            raise ValueError(f"{file} is damaged; remove it to start this run again from step 0") from error
-        if state["base_hash"] != self.base_hash:
+        state = load_state(file, self.accelerator.device)
+        if state is not None and state["base_hash"] != self.base_hash:
             raise ValueError(f"{file} was written for another base model than {self.base_folder}")
         return state
 
@@ -323,13 +336,7 @@ class _Run:
             "scheduler": scheduler.state_dict(),
             "widths": self.student.widths,
         }
-        file = self.run_folder / CHECKPOINT
-        temporary = file.with_suffix(".tmp")  # one name: what a killed run left half-written is overwritten
-        with temporary.open("wb") as stream:
-            torch.save(state, stream)
-            stream.flush()
-            os.fsync(stream.fileno())
-        temporary.replace(file)
+        save_state(state, self.run_folder / CHECKPOINT)
 
     def _trim_metrics(self, first_step: int) -> None:
         """Drop what a killed run logged after its last checkpoint."""

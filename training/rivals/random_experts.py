@@ -11,6 +11,9 @@ computed anyway here), so that the router also learns from what it did not choos
 Attention stays dense and is paid for.
 """
 
+import dataclasses
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -18,14 +21,19 @@ from transformers import AutoModelForCausalLM
 
 from tomoe_vllm.hf.modeling_tomoe import ExpertGate
 from training.budget import Widths
+from training.checkpoint import load_state, save_state
+from training.config import RunConfig
 from training.losses import distillation_loss, load_balance_loss
 from training.rivals.protocol import Contest, MethodGates
 from training.rivals.widths import equal_experts, mlp_width
 from training.runtime import training_dtype
-from training.trainer import check_finite, make_scheduler
+from training.trainer import MAY_CHANGE, check_finite, make_scheduler
 
 REPORTS = 20
 """Lines of progress over a training."""
+
+
+ROUTERS = "routers.pt"
 
 
 class RandomExpertGate(ExpertGate):
@@ -90,8 +98,9 @@ def split_at_random(contest: Contest) -> MethodGates:
 def train_routers(contest: Contest, gates: MethodGates) -> None:
     """Train the routers by distillation from the dense model: ToMoE's batches, optimiser, schedule and dtype.
 
-    A plain loop on one process: the trainer's own is about a student's masks, adapters and resuming, and
-    nothing of that is here. Raises ``FloatingPointError`` for a loss that is not finite.
+    A plain loop on one process: the trainer's own is about a student's masks and adapters, and nothing of that
+    is here. Its state is kept in the contest's folder every ``checkpoint_every`` steps and at the end, and a
+    killed comparison goes on from there. Raises ``FloatingPointError`` for a loss that is not finite.
     """
     config = contest.config
     dtype = training_dtype(config.dtype, contest.base.device)
@@ -108,7 +117,16 @@ def train_routers(contest: Contest, gates: MethodGates) -> None:
         gates.set_on(is_on)
         return base.model(input_ids=ids, use_cache=False).last_hidden_state.flatten(0, 1)
 
-    for step in range(config.steps):
+    file, run = contest.work / "random_experts" / ROUTERS, _settings_that_matter(config)
+    state = load_state(file, base.device) or {"step": 0}
+    if state["step"]:
+        if state["run"] != run:
+            raise ValueError(f"{file} was written for other settings; choose another --work or remove it")
+        for router, trained in zip(routers, state["routers"], strict=True):
+            router.data.copy_(trained)
+        optimizer.load_state_dict(state["optimizer"])
+        scheduler.load_state_dict(state["scheduler"])
+    for step in range(state["step"], config.steps):
         terms = {"task": 0.0, "r_l": 0.0}
         for start in starts:
             rows = range(start, min(start + micro, config.batch_size))
@@ -130,5 +148,14 @@ def train_routers(contest: Contest, gates: MethodGates) -> None:
         optimizer.zero_grad(set_to_none=True)
         scheduler.step()
         done = step + 1
+        if done % config.checkpoint_every == 0 or done == config.steps:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            state = {"step": done, "run": run, "routers": [router.detach() for router in routers]}
+            save_state(state | {"optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict()}, file)
         if done % max(1, config.steps // REPORTS) == 0:
             contest.report(f"routers, step {done}/{config.steps}: task {terms['task']:.3f}, R_L {terms['r_l']:.3f}")
+
+
+def _settings_that_matter(config: RunConfig) -> dict[str, Any]:
+    settings = dataclasses.asdict(config)
+    return {name: value for name, value in settings.items() if name not in MAY_CHANGE and name != "architecture"}
