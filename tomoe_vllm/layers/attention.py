@@ -101,7 +101,6 @@ class ToMoEAttention(nn.Module):
         self.kept = kept_widths(config, layer_idx) if is_cut else whole
         if self.kept != whole:
             self.qkv_proj.quant_method = PrunedLinearMethod(self._kept_rows)
-        if self.kept.query_key < shape.head_dim:
             self.rotary_emb = SelectedRotaryEmbedding(self.rotary_emb, self.kept.query_key)
         if self.kept.value < shape.head_dim:
             output.quant_method = PrunedLinearMethod(self._kept_columns, is_column=True)
@@ -146,13 +145,16 @@ class ToMoEAttention(nn.Module):
         return output
 
     def _kept_rows(self) -> Tensor:
-        """Rows of this rank's qkv_proj that stay, in the order of the rotary embedding, which is told."""
-        query_key = value = torch.arange(self.head_dim, device=self.head_gate.query_key_dims.device)
-        if self.kept.query_key < self.head_dim:
-            query_key = rotation_order(self.head_gate.query_key_dims, self.rotary_dim)
-            self.rotary_emb.select(query_key)
-        if self.kept.value < self.head_dim:
-            value = self._kept_value_dims()
+        """Rows of this rank's qkv_proj that stay, in the order of the rotary embedding, which is told.
+
+        Behind a norm heads are whole and rotated whole, and then that order is their own.
+        """
+        gate = self.head_gate
+        every = torch.ones_like(gate.query_key_dims)
+        query_key_dims = gate.query_key_dims if self.kept.query_key < self.head_dim else every
+        query_key = rotation_order(query_key_dims, self.rotary_dim)
+        self.rotary_emb.select(query_key)
+        value = (gate.value_dims if self.kept.value < self.head_dim else every).nonzero().flatten()
         num_before = self.num_heads + self.num_kv_heads
         return torch.cat(
             [
@@ -163,10 +165,7 @@ class ToMoEAttention(nn.Module):
 
     def _kept_columns(self) -> Tensor:
         """Columns of this rank's output projection that stay."""
-        return self._of_all_heads(self._kept_value_dims(), self.num_heads)
-
-    def _kept_value_dims(self) -> Tensor:
-        return self.head_gate.value_dims.nonzero().flatten()
+        return self._of_all_heads(self.head_gate.value_dims.nonzero().flatten(), self.num_heads)
 
     def _of_all_heads(self, dims: Tensor, num_heads: int) -> Tensor:
         starts = torch.arange(num_heads, device=dims.device) * self.head_dim

@@ -45,6 +45,13 @@ class SelectedRotaryEmbedding(RotaryEmbedding):
         self._cache_of_all_pairs, self._all_pairs = base.cos_sin_cache, base.rotary_dim // 2
         self.register_buffer("cos_sin_cache", torch.empty(0), persistent=False)
 
+    def forward_cpu(self, positions: Tensor, query: Tensor, key: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """In 16-bit types in plain torch: vLLM's CPU kernel stores eight values at an address it takes for aligned,
+        which pruned heads are not, and the process dies."""
+        is_aligned = query.element_size() >= 4
+        forward = super().forward_cpu if is_aligned else self.forward_native
+        return forward(positions, query, key)
+
     def select(self, order: Tensor) -> None:
         """Take the frequencies of ``order`` [C] (:func:`rotation_order`): [positions, 2 * (C // 2)]."""
         cos, sin = self._cache_of_all_pairs.chunk(2, dim=-1)
