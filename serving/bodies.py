@@ -112,7 +112,7 @@ class Bodies:
 def _depth_exceeds(value: Any, limit: int) -> bool:
     """Whether lists and objects are nested deeper than ``limit``; level by level, so it cannot overflow."""
     level = [value]
-    for _ in range(limit + 1):
+    for _ in range(limit):
         level = [
             child
             for item in level

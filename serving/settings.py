@@ -197,8 +197,7 @@ def _refuse_unknown_flags(own: list[str]) -> None:
     for word in own:
         flag = word.partition("=")[0]
         if flag.startswith("--") and flag not in _flags():
-            hint = nearest(flag, _flags()) or ". vLLM's own flags go after --"
-            raise ValueError(f"unknown flag {flag}{hint}")
+            raise ValueError(f"unknown flag {flag}{nearest(flag, _flags())}; flags for vLLM go after --")
 
 
 def _from_environment(environment: Mapping[str, str]) -> dict[str, str]:
