@@ -12,10 +12,8 @@ from argparse import Namespace
 from collections.abc import AsyncGenerator, AsyncIterator
 from http import HTTPStatus
 from itertools import count
-from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from fastapi import FastAPI
 from vllm import SamplingParams
@@ -38,6 +36,7 @@ from vllm.v1.metrics.loggers import StatLoggerBase
 from serving.admission import Admission, AdmissionClosedError
 from serving.budget import BudgetSource, Capacity, InUse, cost_of
 from serving.calibration import Stream
+from serving.memory import free_memory
 from serving.settings import ServerSettings
 from serving.step_time import Limits
 
@@ -227,22 +226,8 @@ def memory_needed(args: Namespace, facts: dict[str, Any]) -> int:
 
 
 def memory_available() -> int:
-    """Bytes that this process may still take on the device: a GPU's, or the machine's or its control group's."""
-    if not current_platform.is_cpu():
-        return torch.cuda.mem_get_info()[0]
-    return min([psutil.virtual_memory().available, *_cgroup_limits()])
-
-
-def _cgroup_limits() -> list[int]:
-    root = Path("/sys/fs/cgroup")
-    limits = []
-    for most, used in (
-        ("memory.max", "memory.current"),
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
-    ):
-        with contextlib.suppress(OSError, ValueError):
-            limits.append(int((root / most).read_text()) - int((root / used).read_text()))
-    return limits
+    """Bytes that this process may still take on the device."""
+    return free_memory() if current_platform.is_cpu() else torch.cuda.mem_get_info()[0]
 
 
 def _prompt_tokens(prompt: Any) -> int:

@@ -15,35 +15,22 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from typing import Any
 
-import uvicorn
-
 from serving import engine
 from serving.admission import Admission
 from serving.app import add_routes, experts_module, wrap
 from serving.budget import admitted_source, cost_of, register_metrics
 from serving.calibration import measure_step_times
 from serving.gate import Condition
+from serving.listen import FLUSH_SECONDS, Server, bind, make_server
 from serving.logs import configure_logging
-from serving.protocol import protocol_with
+from serving.memory import require_memory
 from serving.settings import ServerSettings
 from serving.step_time import Limits, Profile, StepTimes, limits_for
 
 logger = logging.getLogger("serving")
 
-FLUSH_SECONDS = 5.0
-"""Time that cut streams and error bodies have to reach their clients."""
-
 WATCH_SECONDS = 0.05
 """How often the engine's death is looked for. vLLM offers no event; the check is one attribute."""
-
-
-class Server(uvicorn.Server):
-    """uvicorn without its own signal handlers: SIGTERM is ours to drain on."""
-
-    @contextlib.contextmanager
-    def capture_signals(self):
-        """Leave the signals alone."""
-        yield
 
 
 def run_server(settings: ServerSettings, facts: dict[str, Any]) -> int:
@@ -54,23 +41,12 @@ def run_server(settings: ServerSettings, facts: dict[str, Any]) -> int:
     """
     configure_logging(settings.log_format, settings.log_level)
     signal.signal(signal.SIGTERM, _interrupt)  # while loading: the event loop is busy then
-    with _bind(settings.host, settings.port) as sock:
+    with bind(settings.host, settings.port) as sock:
         return asyncio.run(_serve(settings, facts, sock))
 
 
 def _interrupt(*_: object) -> None:
     raise KeyboardInterrupt
-
-
-def _bind(host: str, port: int) -> socket.socket:
-    sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        sock.bind((host, port))
-    except OSError as error:
-        sock.close()
-        raise OSError(f"{host}:{port} cannot be bound: {error.strerror}") from error
-    return sock
 
 
 async def _serve(settings: ServerSettings, facts: dict[str, Any], sock: socket.socket) -> int:
@@ -108,24 +84,7 @@ async def _serve(settings: ServerSettings, facts: dict[str, Any], sock: socket.s
             active_parameters=cost.active_parameters,
             max_model_len=client.model_config.max_model_len,
         )
-        return await Lifecycle(client, condition, admission, _uvicorn(wrapped, settings)).run(sock)
-
-
-def _uvicorn(app: Any, settings: ServerSettings) -> Server:
-    return Server(
-        uvicorn.Config(
-            app,
-            http=protocol_with(settings.header_timeout),
-            ws="none",
-            log_config=None,
-            access_log=False,
-            server_header=False,
-            timeout_keep_alive=settings.keep_alive_timeout,
-            timeout_graceful_shutdown=round(FLUSH_SECONDS),
-            ssl_certfile=settings.tls_cert,
-            ssl_keyfile=settings.tls_key,
-        )
-    )
+        return await Lifecycle(client, condition, admission, make_server(wrapped, settings)).run(sock)
 
 
 @contextlib.asynccontextmanager
@@ -171,12 +130,7 @@ async def _engine(settings: ServerSettings, facts: dict[str, Any], limits: Limit
     experts = experts_module()
     defaults = getattr(experts, "ENGINE_ARGUMENTS", {})
     args = engine.parse_engine_args(settings, defaults, limits)
-    needed, available = engine.memory_needed(args, facts), engine.memory_available()
-    if needed > available:
-        raise ValueError(
-            f"{settings.checkpoint} needs {needed / 2**30:.1f} GiB for its weights on each device, "
-            f"{available / 2**30:.1f} GiB are free: use a larger machine, --tensor-parallel-size or a smaller --dtype"
-        )
+    require_memory(settings.checkpoint, engine.memory_needed(args, facts), engine.memory_available())
     async with engine.start_engine(args) as client:
         yield client, args
 
