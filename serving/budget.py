@@ -13,17 +13,23 @@ from serving.admission import Admission
 from serving.gate import Condition
 from serving.step_time import StepTimes
 
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+"""Of a checkpoint's dtype, in which ``tomoe inspect`` counts the cache."""
+
 
 class Cost(BaseModel):
-    """A token's cost. Active is the method's promise; read is what the path that runs now touches."""
+    """A token's cost. Active is the method's promise; read is what each layout of the experts really touches.
+
+    kv_bytes_per_token is by layout of the cache (docs/serving.md); which layouts run, the engine's log says.
+    """
 
     active_parameters: int
     total_parameters: int
     active_ratio: float
     flops_per_token: int
-    read_parameters_per_token: int
     weight_bytes_per_token: int
-    kv_bytes_per_token: int
+    read_parameters_per_token: dict[str, int]
+    kv_bytes_per_token: dict[str, int]
 
 
 class Curve(BaseModel):
@@ -128,18 +134,20 @@ def admitted_source(
 
 def cost_of(facts: dict[str, Any], parameter_bytes: float, kv_value_bytes: int) -> Cost:
     """Cost of a token from the facts that ``tomoe inspect`` prints and the sizes that the engine uses."""
-    read = facts["really_read_per_token"]
-    outside_of_head = facts["embedding_and_head_parameters"] - read["lm_head_parameters"]
-    active_matrices = facts["active_parameters"] - outside_of_head
-    read_parameters = read["block_and_router_parameters"] + read["lm_head_parameters"]
+    layouts = facts["really_read_per_token"]
+    head = layouts["shared"]["lm_head_parameters"]
+    active_matrices = facts["active_block_parameters"] + facts["router_parameters"] + head
+    parts = ("attention_parameters", "mlp_parameters", "router_parameters", "lm_head_parameters")
+    stored_kv = dict(facts["kv_bytes_per_token"])
+    stored_bytes = DTYPE_BYTES[stored_kv.pop("dtype")]
     return Cost(
         active_parameters=facts["active_parameters"],
         total_parameters=facts["total_parameters"],
         active_ratio=facts["active_ratio"],
         flops_per_token=2 * active_matrices,
-        read_parameters_per_token=read_parameters,
         weight_bytes_per_token=round(active_matrices * parameter_bytes),
-        kv_bytes_per_token=read["kv_cache_values"] * kv_value_bytes,
+        read_parameters_per_token={name: sum(read[part] for part in parts) for name, read in layouts.items()},
+        kv_bytes_per_token={name: size // stored_bytes * kv_value_bytes for name, size in stored_kv.items()},
     )
 
 

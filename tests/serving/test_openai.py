@@ -149,7 +149,8 @@ def test_budget_adds_up(server):
     cost = budget["cost"]
     assert 0 < cost["active_parameters"] < cost["total_parameters"]
     assert cost["weight_bytes_per_token"] * 2 == cost["flops_per_token"] * 4  # float32: 4 bytes, 2 operations
-    assert cost["kv_bytes_per_token"] == 2 * 2 * 32 * 3 * 4  # K and V, 2 heads of 32, 3 layers, 4 bytes
+    assert cost["kv_bytes_per_token"]["dense"] == 2 * 2 * 32 * 3 * 4  # K and V, 2 heads of 32, 3 layers, 4 bytes
+    assert cost["read_parameters_per_token"]["shared"] < cost["read_parameters_per_token"]["masked"]
     assert budget["capacity"]["max_sequences"] == 16
     sizes = [size for size, _ in budget["step_time"]["decode"]]
     assert sizes == [1, 2, 4, 8, 16]
