@@ -280,10 +280,12 @@ class Admission:
         self._stall_at = now
 
     def _earned_in(self, seat: Seat) -> float | None:
-        """Seconds until the stall a seat needs is earned, if only that is missing."""
+        """Seconds until the stall a seat needs is earned; ``None`` if that is not what it waits for."""
         if self.slo_ms is None or (rate := self._rate()) <= 0:
             return None
-        return max(0.001, (self._needed_ms(seat) - self._stall_ms) / rate / 1000)
+        self._earn()
+        missing = self._needed_ms(seat) - self._stall_ms
+        return max(0.001, missing / rate / 1000) if missing > 0 else None
 
 
 current_place: ContextVar[Place | None] = ContextVar("current_place", default=None)

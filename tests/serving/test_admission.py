@@ -143,6 +143,35 @@ def test_with_an_slo_the_cache_is_never_overcommitted():
     asyncio.run(scenario())
 
 
+def test_who_waits_for_a_seat_alone_is_not_asked_about_again_and_again():
+    async def scenario():
+        admission = Admission(max_sequences=1, queue_size=9, times=TIMES, slo_ms=40)
+        second = _seat(admission)
+        async with _seat(admission):
+            waiting = asyncio.create_task(second.__aenter__())
+            await asyncio.sleep(0)
+            assert admission._timer is None
+        await waiting
+        await second.__aexit__(None, None, None)
+
+    asyncio.run(scenario())
+
+
+def test_a_timer_seats_who_waits_for_stall_to_be_earned():
+    async def scenario():
+        admission = Admission(max_sequences=4, queue_size=9, times=TIMES, slo_ms=40)
+        third = _seat(admission, prompt_tokens=20)
+        async with _seat(admission), _seat(admission, prompt_tokens=400):  # the long one leaves a debt
+            waiting = asyncio.create_task(third.__aenter__())
+            await asyncio.sleep(0)
+            assert not waiting.done()
+            await asyncio.wait_for(waiting, 60)
+            assert admission.running == 3
+            await third.__aexit__(None, None, None)
+
+    asyncio.run(scenario())
+
+
 def test_an_slo_needs_a_measurement():
     with pytest.raises(ValueError, match="measured"):
         Admission(max_sequences=1, queue_size=1, slo_ms=5)

@@ -5,6 +5,7 @@ import pytest
 import schemathesis
 from hypothesis import HealthCheck, Phase, given, settings
 from schemathesis.checks import not_a_server_error
+from schemathesis.core.failures import FailureGroup
 from schemathesis.specs.openapi.checks import status_code_conformance
 
 pytestmark = pytest.mark.engine
@@ -34,7 +35,7 @@ def _fuzz(server, examples: int) -> list[str]:
             response = case.call(headers=server.headers, timeout=120)
             try:
                 case.validate_response(response, checks=[not_a_server_error, status_code_conformance])
-            except Exception as error:
+            except (Exception, FailureGroup) as error:
                 problems.append(f"{case.method} {case.path} -> {response.status_code}: {str(error)[:1500]}")
 
         given(case=strategy)(
