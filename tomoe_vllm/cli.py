@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from tomoe_vllm import __version__
 
@@ -19,10 +20,20 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     help="Convert a dense LLM to a Mixture-of-Experts without touching its weights (ToMoE), and measure it.",
-    epilog="Serve the result with: vllm serve CHECKPOINT --trust-remote-code",
+    epilog="Serve the result with: tomoe serve CHECKPOINT, or vllm serve CHECKPOINT --trust-remote-code",
 )
 evaluation = typer.Typer(no_args_is_help=True, help="Measure a dense or converted model.")
 app.add_typer(evaluation, name="eval")
+
+
+class _Verbatim(TyperCommand):
+    """A command that reads its own arguments: also unknown flags and ``--`` reach it as they were typed."""
+
+    def parse_args(self, ctx, args: list[str]) -> list[str]:
+        rest = super().parse_args(ctx, [])
+        ctx.args = list(args)
+        return rest
+
 
 Out = Annotated[Path, typer.Option(help="Folder to write; must not exist yet.", show_default=False)]
 
@@ -61,6 +72,23 @@ def demo_model(out: Out) -> None:
     from training.demo import write_demo_model
 
     _result(write_demo_model(out))
+
+
+@app.command(cls=_Verbatim, add_help_option=False)
+def serve(context: typer.Context) -> None:
+    """Serve a checkpoint: OpenAI-compatible, with a fixed budget per token (tomoe serve --help)."""
+    from serving.settings import load_settings
+
+    settings = load_settings(context.args)
+    from training.inspection import inspect
+
+    facts = inspect(settings.checkpoint)
+    if facts["kind"] != "checkpoint":
+        raise ValueError(f"{settings.checkpoint} is an adapter: export it first (tomoe export)")
+    from serving.lifecycle import run_server
+
+    _engines.append("vllm")
+    raise typer.Exit(run_server(settings, facts))
 
 
 @app.command()

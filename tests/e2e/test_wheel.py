@@ -89,7 +89,7 @@ def served(environment, tmp_path_factory):
 
 
 def test_wheel_has_no_source_tree_behind_it(environment, tmp_path):
-    code = "import tomoe_vllm, training; print(tomoe_vllm.__file__); print(training.__file__)"
+    code = "import serving, tomoe_vllm, training\nfor p in (serving, tomoe_vllm, training):\n    print(p.__file__)"
     result = subprocess.run(
         [environment / "python", "-c", code], cwd=tmp_path, env={"PATH": ""}, capture_output=True, text=True, check=True
     )
