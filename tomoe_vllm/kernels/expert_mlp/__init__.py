@@ -75,6 +75,20 @@ def neuron_lists(expert_masks: Tensor) -> tuple[Tensor, Tensor]:
     return neuron_ids, widths.to(torch.int32)
 
 
+def path_of(num_tokens: int, thresholds: Thresholds, device_type: str) -> str:
+    """How the op takes so many tokens through the weights: "streamed" or "packed" on a CPU (W_down's rows), "gather",
+    "masked" or "grouped" on a GPU. A device without kernels takes the reference: "masked"."""
+    if device_type == "cpu":
+        return "streamed" if num_tokens <= thresholds.streamed_tokens else "packed"
+    if device_type != "cuda":
+        return "masked"
+    from tomoe_vllm.kernels.expert_mlp.cuda import GATHER_TOKENS, GROUPED_TOKENS  # imports triton
+
+    if num_tokens <= GATHER_TOKENS:
+        return "gather"
+    return "grouped" if num_tokens >= GROUPED_TOKENS else "masked"
+
+
 def expert_mlp(
     hidden_states: Tensor,
     expert_ids: Tensor,
