@@ -29,9 +29,10 @@ from serving.expert_reports import ExpertReport, ExpertTrace
 
 ENGINE_ARGUMENTS: dict[str, object] = {
     "worker_extension_cls": "tomoe_vllm.worker_extension.ExpertExtension",
-    "additional_config": {"tomoe_expert_statistics": True},
+    "additional_config": '{"tomoe_expert_statistics": true}',
 }
-"""What vLLM's engine must be started with for its workers to count."""
+"""Flags of vLLM's engine (``--worker-extension-cls``, ``--additional-config``), without which its workers do not count.
+Values are as on a command line."""
 
 METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 

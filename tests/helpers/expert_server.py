@@ -33,11 +33,11 @@ async def serve(arguments: list[str]) -> None:
 
     from serving.experts import ENGINE_ARGUMENTS, attach_experts
 
-    is_on = OFF not in arguments
-    args = make_arg_parser(FlexibleArgumentParser()).parse_args([a for a in arguments if a != OFF])
-    if is_on:
+    flags = [argument for argument in arguments if argument != OFF]
+    if OFF not in arguments:
         for name, value in ENGINE_ARGUMENTS.items():
-            setattr(args, name, value)
+            flags += [f"--{name.replace('_', '-')}", str(value)]
+    args = make_arg_parser(FlexibleArgumentParser()).parse_args(flags)
     async with build_async_engine_client(args) as engine:
         tasks = await engine.get_supported_tasks()
         app = build_app(args, tasks, engine.model_config)
