@@ -76,7 +76,7 @@ function useExperts(layers, experts) {
 
 function setLayer(layer) {
   state.layer = layer;
-  $("layer-value").textContent = state.layers ? `${layer} of 0–${state.layers - 1}` : "–";
+  $("layer-value").textContent = state.layers ? `${layer} / ${state.layers - 1}` : "–";
   state.answers.forEach((answer) => answer.setLayer(layer));
   heat.setLayer(layer);
   showLegend();
