@@ -89,10 +89,7 @@ class ToMoEExpertGate(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Expert of each token: [T, D] -> [T] int64."""
-        expert_ids = route(hidden_states, self.router.weight)
-        if self.record is not None:
-            self.record.narrow(0, 0, expert_ids.shape[0]).copy_(expert_ids)
-        return expert_ids
+        return route(hidden_states, self.router.weight, self.record)
 
 
 def _spread(width: int, num_neurons: int) -> Tensor:
