@@ -35,7 +35,7 @@ def page() -> FileResponse:
     return _file("index.html")
 
 
-@router.api_route("/playground/{name}", methods=["GET", "HEAD"])
+@router.api_route("/static/playground/{name}", methods=["GET", "HEAD"])
 def asset(name: str) -> FileResponse:
     if name not in {file.name for file in PAGE.iterdir() if file.suffix in MEDIA_TYPES}:
         raise HTTPException(404, f"the page has no file {name}")

@@ -126,8 +126,8 @@ def test_page_and_its_files_carry_a_strict_policy():
     with client_of(Engine()) as client:
         for path, kind in [
             ("/", "text/html"),
-            ("/playground/main.js", "text/javascript"),
-            ("/playground/style.css", "text/css"),
+            ("/static/playground/main.js", "text/javascript"),
+            ("/static/playground/style.css", "text/css"),
         ]:
             answer = client.get(path)
             assert answer.status_code == 200
@@ -136,7 +136,7 @@ def test_page_and_its_files_carry_a_strict_policy():
             assert policy.startswith("default-src 'none';")
             assert "unsafe" not in policy
         for name in ("../experts.py", "%2e%2e%2fexperts.py", "nothing.js", "__init__.py"):
-            assert client.get(f"/playground/{name}").status_code == 404
+            assert client.get(f"/static/playground/{name}").status_code == 404
 
 
 def test_engine_arguments_are_flags_of_vllm():

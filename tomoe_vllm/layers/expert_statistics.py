@@ -1,12 +1,14 @@
-"""Which experts a worker's tokens took, counted step by step at next to no cost. Off unless asked for.
+"""Which experts a worker's tokens took, counted at next to no cost. Off unless asked for.
 
-``--additional-config '{"tomoe_expert_statistics": true}'`` asks: then every gate copies its expert ids into a static
-buffer, one small copy per layer that CUDA graphs and torch.compile keep (vLLM's compile cache knows the setting). After
-a step the rows of its real tokens are read, all layers at once, and counted on the host with numpy. Padding lies behind
-the real tokens; vLLM's warm-up and dummy runs do not pass the place where steps are counted (``worker_extension.py``).
+``--additional-config '{"tomoe_expert_statistics": true}'`` asks: then every gate leaves its expert ids in a static
+buffer, inside the op that routes, so CUDA graphs and torch.compile keep it (vLLM's compile cache knows the setting).
+After a step the rows of its real tokens are copied, all layers at once, and counted on the host, many steps together:
+with the caches full of weights, a numpy call after a step costs ten times what it costs in a row of them. Padding lies
+behind the real tokens; vLLM's warm-up and dummy runs do not pass the place where steps are read
+(``worker_extension.py``).
 
-On a GPU the rows travel to pinned memory behind an event and are counted when a later step or a question finds them
-there: nothing waits in the forward pass. (The GPU side has never run: no GPU here.)
+On a GPU the rows travel to pinned memory behind an event and are counted when they have arrived: nothing waits in the
+forward pass. (The GPU side has never run: no GPU here.)
 """
 
 from collections import Counter, deque
@@ -24,6 +26,10 @@ from tomoe_vllm.layers.expert_gate import STATISTICS_SETTING, ToMoEExpertGate
 
 UNION_STEPS = 64
 """Over about so many recent steps the union of neurons is averaged: a step has one union, and one alone says little."""
+
+BATCH_STEPS = 32
+BATCH_TOKENS = 4096
+"""So many steps, or tokens, are counted together, unless somebody asks before."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -58,26 +64,44 @@ class ExpertCounts:
         is_touched = self.signatures[layer] & np.frombuffer(experts, dtype=np.uint8)
         return int(is_touched.any(axis=1).sum())
 
-    def add(self, expert_ids: np.ndarray, path: str) -> None:
-        """Count one step. ``expert_ids``: [L, T] uint8, its real tokens."""
-        num_layers, num_tokens = expert_ids.shape
+    def add(self, steps: list[np.ndarray]) -> None:
+        """Count some steps, in their order. ``steps``: of each its real tokens, [L, T] uint8."""
+        num_layers, num_steps = len(self.tokens), len(steps)
+        expert_ids = np.concatenate(steps, axis=1)
         flat = (expert_ids + self._offsets).ravel()
-        tokens = np.bincount(flat, minlength=self.tokens.size).reshape(self.tokens.shape)
-        self.tokens += tokens
-        self.num_steps += 1
-        self.num_tokens += num_tokens
-        self.step_paths[path] += 1
-        experts = np.packbits(tokens != 0, axis=1, bitorder="little")
-        bits, num_bytes = experts.tobytes(), experts.shape[1]
-        unions = [self._union_size(i, bits[i * num_bytes : (i + 1) * num_bytes]) for i in range(num_layers)]
-        self.union_neurons += (np.array(unions) - self.union_neurons) / min(self.num_steps, UNION_STEPS)
+        self.tokens += np.bincount(flat, minlength=self.tokens.size).reshape(self.tokens.shape)
+        self.num_tokens += expert_ids.shape[1]
+        step_of_token = np.repeat(np.arange(num_steps), [step.shape[1] for step in steps])
+        is_used = np.zeros((num_steps, num_layers, self.num_experts), dtype=bool)
+        is_used[step_of_token, np.arange(num_layers)[:, None], expert_ids] = True
+        experts = np.packbits(is_used, axis=2, bitorder="little")
+        num_bytes = experts.shape[2]
+        for step in range(num_steps):
+            bits = experts[step].tobytes()
+            unions = [self._union_size(i, bits[i * num_bytes : (i + 1) * num_bytes]) for i in range(num_layers)]
+            self.num_steps += 1
+            self.union_neurons += (np.array(unions) - self.union_neurons) / min(self.num_steps, UNION_STEPS)
 
 
-Consumer = Callable[[np.ndarray], None]
+@dataclass(kw_only=True, slots=True)
+class UncountedStep:
+    """``expert_ids``: [L, T] uint8, on the host once ``arrived`` has (None: it is there)."""
+
+    expert_ids: Tensor | np.ndarray
+    arrived: torch.cuda.Event | None
+    num_padded_tokens: int
+    consume: Callable[[np.ndarray], None] | None
+
+    def is_there(self, waits: bool) -> bool:
+        if self.arrived is None or self.arrived.query():
+            return True
+        if waits:
+            self.arrived.synchronize()
+        return waits
 
 
 class ExpertRecorder:
-    """Reads the gates' records of a model after each step and counts them.
+    """Reads the gates' records of a model after each step, and counts them.
 
     Raises ``ValueError`` (with what to do) for a model without gates or whose gates do not record.
     """
@@ -95,39 +119,49 @@ class ExpertRecorder:
         self.first_layer = extract_layer_index(gates[0].prefix)
         self.num_experts = gates[0].num_experts
         self.records: list[Tensor] = records
-        self.is_on_host = self.records[0].device.type == "cpu"
-        self._mlp: Any = mlps[0]
         signatures = np.stack([gate.signature.detach().cpu().numpy() for gate in gates])
         self.counts = ExpertCounts(signatures=signatures, num_experts=self.num_experts)
-        self._host_records = [record.numpy() for record in self.records] if self.is_on_host else []
-        self._pending: deque[tuple[torch.cuda.Event, Tensor, Consumer]] = deque()
+        self._mlp: Any = mlps[0]
+        self._host_records = [record.numpy() for record in records] if records[0].device.type == "cpu" else None
+        self._uncounted: deque[UncountedStep] = deque()
+        self._num_uncounted_tokens = 0
 
-    def read_step(self, num_tokens: int, num_padded_tokens: int, consume: Consumer | None = None) -> None:
-        """Count the step that has just been launched, now or, on a GPU, as soon as its rows are on the host.
+    def read_step(
+        self, num_tokens: int, num_padded_tokens: int, consume: Callable[[np.ndarray], None] | None = None
+    ) -> None:
+        """Copy the rows of the step that has just been launched; they are counted with those of other steps.
 
-        ``num_padded_tokens``: rows that the layers saw. ``consume``: gets the step's [L, T] uint8 too.
+        ``num_padded_tokens``: rows that the layers saw. ``consume``: gets the step's [L, T] uint8 too, then.
         """
-        path = self._mlp.step_path(num_padded_tokens)
+        expert_ids, arrived = self._copy(num_tokens)
+        step = UncountedStep(
+            expert_ids=expert_ids, arrived=arrived, num_padded_tokens=num_padded_tokens, consume=consume
+        )
+        self._uncounted.append(step)
+        self._num_uncounted_tokens += num_tokens
+        if len(self._uncounted) >= BATCH_STEPS or self._num_uncounted_tokens >= BATCH_TOKENS:
+            self.settle(waits=False)
 
-        def count(expert_ids: np.ndarray) -> None:
-            self.counts.add(expert_ids, path)
-            if consume is not None:
-                consume(expert_ids)
-
-        if self.is_on_host:
-            count(np.stack([record[:num_tokens] for record in self._host_records]))
-            return
+    def _copy(self, num_tokens: int) -> tuple[Tensor | np.ndarray, torch.cuda.Event | None]:
+        if self._host_records is not None:
+            return np.stack([record[:num_tokens] for record in self._host_records]), None
         on_device = torch.stack([record[:num_tokens] for record in self.records])
         on_host = torch.empty(on_device.shape, dtype=torch.uint8, pin_memory=True)
         on_host.copy_(on_device, non_blocking=True)
         arrived = torch.cuda.Event()
         arrived.record()
-        self._pending.append((arrived, on_host, count))
-        self.settle(waits=False)
+        return on_host, arrived
 
     def settle(self, *, waits: bool = True) -> None:
         """Count what has arrived; ``waits``: all there is."""
-        while self._pending and (waits or self._pending[0][0].query()):
-            arrived, on_host, count = self._pending.popleft()
-            arrived.synchronize()
-            count(on_host.numpy())
+        steps = []
+        while self._uncounted and self._uncounted[0].is_there(waits):
+            step = self._uncounted.popleft()
+            expert_ids = np.asarray(step.expert_ids)
+            steps.append(expert_ids)
+            self.counts.step_paths[self._mlp.step_path(step.num_padded_tokens)] += 1
+            if step.consume is not None:
+                step.consume(expert_ids)
+        if steps:
+            self.counts.add(steps)
+            self._num_uncounted_tokens -= sum(step.shape[1] for step in steps)
