@@ -16,6 +16,7 @@ from tests.helpers.dense_models import word_tokenizer
 from tests.helpers.expert_server import running
 from tests.helpers.routes import reference_routes
 from tests.helpers.tiny_models import NUM_EXPERTS, save_tiny_model
+from tests.serving.test_deploy import dashboard_metrics
 
 pytestmark = [
     pytest.mark.engine,
@@ -104,8 +105,17 @@ def ask(page, text: str, num_tokens: int = 24) -> str:
     return sent.value.post_data_json["vllm_xargs"]["tomoe_trace"]
 
 
-def token_ids(text: str) -> list[int]:
-    return word_tokenizer(adds_bos=False)(text)["input_ids"]
+def greedy_tokens(address: str, text: str, num_tokens: int = 24) -> tuple[list[int], list[int]]:
+    """Token ids of the prompt and of the answer that :func:`ask` gets: greedy, so it is the same again."""
+    body = {
+        "model": "tiny", "messages": [{"role": "user", "content": text}], "temperature": 0, "max_tokens": num_tokens,
+        "return_token_ids": True,
+    }  # fmt: skip
+    request = urllib.request.Request(
+        f"{address}/v1/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
+    )
+    answer = json.load(urllib.request.urlopen(request, timeout=120))
+    return answer["prompt_token_ids"], answer["choices"][0]["token_ids"]
 
 
 def shown_experts(page) -> list[int | None]:
@@ -120,19 +130,17 @@ def move_slider(page, layer: int) -> None:
         page.keyboard.press("ArrowRight")
 
 
-def test_every_token_has_the_colour_of_the_references_expert(page, model_folder):
+def test_every_token_has_the_colour_of_the_references_expert(page, address, model_folder):
     ask(page, "w1 w20 w45 w7 w80")
-    answer = page.locator(".answer").inner_text()
-    prompt, tokens = token_ids("w1 w20 w45 w7 w80"), token_ids(answer)
-    shown = shown_experts(page)
+    prompt, tokens = greedy_tokens(address, "w1 w20 w45 w7 w80")
     assert len(tokens) > 8
-    assert len(shown) in (len(tokens), len(tokens) + 1)  # the end of the answer is a token without text
+    assert len(shown_experts(page)) == len(tokens)
     routes = reference_routes(model_folder[0], prompt + tokens)[len(prompt) :]
     seen = []
     for layer in range(routes.shape[1]):
         move_slider(page, layer)
         seen.append(shown_experts(page))
-        assert seen[-1][: len(tokens) - 1] == routes[:-1, layer].tolist()
+        assert seen[-1][:-1] == routes[:-1, layer].tolist()
         assert seen[-1][-1] is None  # the last token was never fed back
     assert seen[0] != seen[1] != seen[2]
     fills = page.locator(".answer [data-expert]").evaluate_all(
@@ -266,6 +274,17 @@ def test_page_asks_for_a_key_where_the_server_wants_one(context, address):
     assert asked[0] is None
     assert page.evaluate("[localStorage.length, sessionStorage.length, document.cookie]") == [0, 1, ""]
     page.close()
+
+
+def test_every_metric_of_the_dashboard_is_on_metrics(page, address):
+    ask(page, "w1 w2 w3")
+    ask(page, "w4")
+    exposed = urllib.request.urlopen(f"{address}/metrics", timeout=60).read().decode()
+    samples = set(re.findall(r"^([a-zA-Z_:]\w*)[{ ]", exposed, re.MULTILINE))
+    assert dashboard_metrics() - samples == set()
+    own = [line for line in exposed.splitlines() if line.startswith("tomoe_")]
+    layers, experts = 3, NUM_EXPERTS
+    assert len(own) == layers * experts + 2 * layers + len(get(address, "/v1/tomoe/experts")["step_paths"])
 
 
 def test_stopped_answer_keeps_what_came(page):
