@@ -91,7 +91,7 @@ def test_every_token_of_a_chunked_batch_has_the_experts_of_the_reference(chunked
     assert found[:, UNUSED_EXPERT].sum() == 0
     assert sum(answer["step_paths"].values()) == answer["num_steps"] > len(LENGTHS)
     if native.compiler() is not None:
-        assert set(answer["step_paths"]) == {"shared_streamed", "shared_packed"}
+        assert set(answer["step_paths"]) == {"shared_rows"}
 
 
 def test_tokens_from_the_prefix_cache_are_said_to_be_not_computed(chunked):
@@ -141,16 +141,20 @@ def test_union_of_one_long_step_is_that_of_the_experts_in_it(tmp_path):
         assert answer["union_neurons"][layer_idx] == int(masks[used].any(dim=0).sum())
 
 
-def test_masked_layout_counts_the_same(tmp_path):
-    model = save_tiny_model(tmp_path, "phi")
+@pytest.mark.parametrize(
+    ("family", "layout", "path"),
+    [("phi", "masked", "masked"), pytest.param("qwen3", "fused", "fused", marks=pytest.mark.slow)],
+)
+def test_other_layouts_count_the_same(tmp_path, family, layout, path):
+    model = save_tiny_model(tmp_path, family)
     prompts = make_prompts(96, lengths=(3, 20))
-    with start_engine(tmp_path, hf_overrides={"expert_layout": "masked"}, **STATISTICS) as engine:
+    with start_engine(tmp_path, hf_overrides={"expert_layout": layout}, **STATISTICS) as engine:
         start(engine)
         routes = routes_of(model, prompts, generate(engine, prompts))
         answer = counts(engine)
         np.testing.assert_array_equal(trace(engine, "trace-1")["experts"], routes[1])
     np.testing.assert_array_equal(answer["tokens"], expert_counts(routes, NUM_EXPERTS))
-    assert set(answer["step_paths"]) == {"masked"}
+    assert set(answer["step_paths"]) == {path}
 
 
 def test_off_unless_asked_for(tmp_path):

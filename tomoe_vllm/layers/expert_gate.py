@@ -91,6 +91,11 @@ class ToMoEExpertGate(nn.Module):
         """Expert of each token: [T, D] -> [T] int64."""
         return route(hidden_states, self.router.weight, self.record)
 
+    def keep(self, router_logits: Tensor) -> None:
+        """Record the experts where somebody else routes by these logits, [T, N]."""
+        if self.record is not None:
+            self.record.narrow(0, 0, router_logits.shape[0]).copy_(router_logits.argmax(dim=-1))
+
 
 def _spread(width: int, num_neurons: int) -> Tensor:
     """[F] bool with ``width`` ones at equal distances, so that tensor-parallel ranks have equal shares."""

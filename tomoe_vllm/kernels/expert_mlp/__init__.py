@@ -76,17 +76,13 @@ def neuron_lists(expert_masks: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def path_of(num_tokens: int, thresholds: Thresholds, device_type: str) -> str:
-    """How the op takes so many tokens through the weights: "streamed" or "packed" on a CPU (W_down's rows), "gather",
-    "masked" or "grouped" on a GPU. A device without kernels takes the reference: "masked"."""
-    if device_type == "cpu":
-        return "streamed" if num_tokens <= thresholds.streamed_tokens else "packed"
+    """How the op takes so many tokens through the weights: "gather", "masked" or "grouped" on a GPU, "rows" (each
+    expert's own, the one way there is) elsewhere."""
     if device_type != "cuda":
-        return "masked"
-    from tomoe_vllm.kernels.expert_mlp.cuda import GATHER_TOKENS, GROUPED_TOKENS  # imports triton
-
-    if num_tokens <= GATHER_TOKENS:
+        return "rows"
+    if num_tokens <= thresholds.gather_tokens:
         return "gather"
-    return "grouped" if num_tokens >= GROUPED_TOKENS else "masked"
+    return "grouped" if num_tokens >= thresholds.grouped_tokens else "masked"
 
 
 def expert_mlp(
