@@ -13,7 +13,7 @@ FROM vllm/vllm-openai:v${VLLM_VERSION}
 # What the image has of these stays as it is: pip may add the small libraries that are missing, and nothing else.
 RUN --mount=type=bind,from=build,source=/wheels,target=/wheels \
     python3 -m pip freeze | grep -E '^(torch|triton|vllm|transformers|numpy)==' > /tmp/constraints.txt \
-    && python3 -m pip install --no-cache-dir --constraint /tmp/constraints.txt /wheels/*.whl \
+    && python3 -m pip install --no-cache-dir --constraint /tmp/constraints.txt "$(ls /wheels/*.whl)[serve]" \
     && rm /tmp/constraints.txt \
     && groupadd --gid 10001 tomoe \
     && useradd --uid 10001 --gid tomoe --no-create-home --home-dir /cache tomoe \

@@ -14,6 +14,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,7 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.engine,
     pytest.mark.skipif(os.getuid() != 0, reason="becomes another user, so it must start as root"),
+    pytest.mark.skipif(find_spec("serving.lifecycle") is None, reason="tomoe serve is not in this tree"),
     pytest.mark.skipif(bool(shutil.which("nvidia-smi")), reason="installs the CPU build of vLLM"),
 ]
 
@@ -51,7 +53,7 @@ def container():
     try:
         folder.chmod(0o755)
         python = python_for_everybody()
-        bin_folder = install_wheel(build_wheel(folder / "dist"), folder / "image", python)
+        bin_folder = install_wheel(build_wheel(folder / "dist"), folder / "image", extras="cpu,serve", python=python)
         save_tiny_model(folder / "model", "llama")
         (folder / "cache").mkdir()
         for mounted in ("model", "image"):

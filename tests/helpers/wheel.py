@@ -15,13 +15,13 @@ def build_wheel(folder: Path) -> Path:
     return wheel
 
 
-def install_wheel(wheel: Path, folder: Path, python: str = sys.executable) -> Path:
-    """bin/ of a new virtual environment ``folder`` of ``python`` with the wheel and its ``cpu`` extra (two minutes)."""
+def install_wheel(wheel: Path, folder: Path, *, extras: str = "cpu", python: str = sys.executable) -> Path:
+    """bin/ of a new virtual environment ``folder`` of ``python`` with the wheel and its ``extras`` (two minutes)."""
     subprocess.run([python, "-m", "venv", folder], check=True)
     own = folder / "bin" / "python"
     for command in (
         ["-m", "pip", "install", "--quiet", "--upgrade", "pip>=26"],
-        ["-m", "pip", "install", "--quiet", f"{wheel}[cpu]"],
+        ["-m", "pip", "install", "--quiet", f"{wheel}[{extras}]"],
         ["-m", "pip", "uninstall", "--quiet", "--yes", "torchvision", "torchaudio", "torchcodec"],
         ["-m", "tomoe_vllm.vllm_cpu_shim"],
     ):
