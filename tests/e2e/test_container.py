@@ -23,7 +23,7 @@ from tests.helpers.tiny_models import save_tiny_model
 from tests.helpers.wheel import build_wheel, install_wheel
 from tests.serving.test_deploy import instructions
 
-START_LIMIT_S = 420
+START_LIMIT_S = 1200
 USER = 10001
 
 pytestmark = [

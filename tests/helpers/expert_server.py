@@ -18,7 +18,7 @@ from pathlib import Path
 
 from tests.helpers.processes import environment
 
-START_LIMIT_S = 420
+START_LIMIT_S = 1200
 OFF = "--without-statistics"
 
 

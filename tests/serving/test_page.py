@@ -281,7 +281,7 @@ def test_every_metric_of_the_dashboard_is_on_metrics(page, address):
     ask(page, "w1 w2 w3")
     ask(page, "w4")
     exposed = urllib.request.urlopen(f"{address}/metrics", timeout=60).read().decode()
-    samples = set(re.findall(r"^([a-zA-Z_:]\w*)[{ ]", exposed, re.MULTILINE))
+    samples = set(re.findall(r"^([a-zA-Z_:][\w:]*)[{ ]", exposed, re.MULTILINE))
     assert dashboard_metrics() - samples == set()
     own = [line for line in exposed.splitlines() if line.startswith("tomoe_")]
     layers, experts = 3, NUM_EXPERTS
