@@ -165,6 +165,8 @@ def test_operator_registration_is_sound():
     case = make_case(5, 64, 96, 8)
     torch.library.opcheck(torch.ops.tomoe.expert_mlp.default, (*case, "silu", 4, 8))
     torch.library.opcheck(torch.ops.tomoe.route.default, (case[0], torch.randn(8, 64)))
+    record = torch.zeros(9, dtype=torch.uint8)
+    torch.library.opcheck(torch.ops.tomoe.route_recorded.default, (case[0], torch.randn(8, 64), record))
 
 
 def test_traces_once_for_every_number_of_tokens():
@@ -268,3 +270,19 @@ def test_huge_pages_are_asked_for_without_touching_the_tensor(num_floats):
     tensor = torch.arange(num_floats, dtype=torch.float32)
     assert prefer_huge_pages(tensor) is tensor
     assert torch.equal(tensor, torch.arange(num_floats, dtype=torch.float32))
+
+
+@pytest.mark.parametrize("tokens", [1, 70])
+def test_recorded_routes_are_the_routes(tokens):
+    generator = torch.Generator().manual_seed(2)
+    x, weight = torch.randn(tokens, 75, generator=generator), torch.randn(16, 75, generator=generator)
+    record = torch.full((80,), 99, dtype=torch.uint8)
+    ids = torch.ops.tomoe.route_recorded(x, weight, record)
+    assert torch.equal(ids, torch.ops.tomoe.route(x, weight))
+    assert torch.equal(record[:tokens].long(), ids)
+    assert (record[tokens:] == 99).all()
+
+
+def test_a_record_too_short_is_refused():
+    with pytest.raises(RuntimeError, match=r"one for each token at least|exceeds dimension size"):
+        torch.ops.tomoe.route_recorded(torch.randn(5, 32), torch.randn(8, 32), torch.zeros(4, dtype=torch.uint8))

@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from tests.helpers.compare import assert_close
-from tomoe_vllm.kernels.expert_mlp import neuron_lists, verdict
+from tomoe_vllm.kernels.expert_mlp import neuron_lists, path_of, verdict
 from tomoe_vllm.kernels.expert_mlp.reference import expert_mlp_reference
+from tomoe_vllm.kernels.expert_mlp.thresholds import Thresholds
 
 cuda = pytest.importorskip("tomoe_vllm.kernels.expert_mlp.cuda", reason="triton is not installed", exc_type=ImportError)
 
@@ -53,6 +54,9 @@ def test_number_of_tokens_chooses_the_way(num_tokens, expected, monkeypatch):
     problem = _problem(num_tokens)
     out = cuda.expert_mlp_cuda(*problem, 3, 640)
     assert taken == [expected]
+    thresholds = Thresholds(gather_tokens=3, grouped_tokens=640)
+    assert path_of(num_tokens, thresholds, "cuda") == expected  # what a step is called
+    assert path_of(num_tokens, thresholds, "cpu") == "rows"
     assert_close(out, expert_mlp_reference(*problem[:6], problem[-1]))
 
 

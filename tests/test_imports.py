@@ -21,6 +21,7 @@ ALLOWED = {
     "tomoe_vllm.models": {"tomoe_vllm.layers", "tomoe_vllm.hf", "vllm"},
     "tomoe_vllm.bench": {"tomoe_vllm.kernels", "tomoe_vllm.hf", "tomoe_vllm.__version__", "vllm"},
     "tomoe_vllm.plugin": {"tomoe_vllm.models", "tomoe_vllm.hf", "vllm"},
+    "tomoe_vllm.worker_extension": {"tomoe_vllm.layers", "vllm"},
     "tomoe_vllm.doctor": {
         "tomoe_vllm.kernels",
         "tomoe_vllm.hf",

@@ -6,18 +6,16 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
 import time
 import urllib.error
 import urllib.request
-import venv
 from pathlib import Path
 
 import pytest
 
 from tests.helpers.tiny_models import save_tiny_model
+from tests.helpers.wheel import build_wheel, install_wheel
 
-ROOT = Path(__file__).resolve().parents[2]
 START_LIMIT_S = 300
 
 pytestmark = [pytest.mark.slow, pytest.mark.engine]
@@ -29,19 +27,7 @@ def environment(tmp_path_factory) -> Path:
     if shutil.which("nvidia-smi"):
         pytest.skip("installs the CPU build of vLLM")
     folder = tmp_path_factory.mktemp("wheel")
-    build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", folder / "dist", ROOT]
-    subprocess.run(build, check=True, capture_output=True)
-    (wheel,) = (folder / "dist").glob("*.whl")
-    venv.create(folder / "venv", with_pip=True)
-    python = folder / "venv" / "bin" / "python"
-    for command in (
-        ["-m", "pip", "install", "--quiet", "--upgrade", "pip>=26"],
-        ["-m", "pip", "install", "--quiet", f"{wheel}[cpu]"],
-        ["-m", "pip", "uninstall", "--quiet", "--yes", "torchvision", "torchaudio", "torchcodec"],
-        ["-m", "tomoe_vllm.vllm_cpu_shim"],
-    ):
-        subprocess.run([python, *command], check=True, cwd=folder)
-    return python.parent
+    return install_wheel(build_wheel(folder / "dist"), folder / "venv")
 
 
 @pytest.fixture(scope="module")

@@ -3,12 +3,30 @@
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
+from vllm.config import get_current_vllm_config
 from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
 from vllm.model_executor.utils import set_weight_attrs
 
 from tomoe_vllm.hf.tomoe_math import pack_signature, unpack_signature
 from tomoe_vllm.kernels.expert_mlp import neuron_lists
 from tomoe_vllm.kernels.route import route
+
+STATISTICS_SETTING = "tomoe_expert_statistics"
+"""Key of vLLM's ``additional_config``: gates keep what they chose, for :mod:`tomoe_vllm.layers.expert_statistics`."""
+
+
+def make_record(num_experts: int) -> Tensor | None:
+    """A gate's buffer for the experts of one step: [most tokens of a step] uint8, or None where nobody asked.
+
+    Raises ``ValueError`` for more experts than a byte can name beside "none".
+    """
+    config = get_current_vllm_config()
+    if not isinstance(config.additional_config, dict) or not config.additional_config.get(STATISTICS_SETTING):
+        return None
+    if num_experts > 255:
+        raise ValueError(f"expert statistics count up to 255 experts, and the model has {num_experts}; leave them off")
+    graph_tokens = config.compilation_config.max_cudagraph_capture_size or 0
+    return torch.zeros(max(config.scheduler_config.max_num_batched_tokens, graph_tokens), dtype=torch.uint8)
 
 
 class ToMoEExpertGate(nn.Module):
@@ -18,11 +36,14 @@ class ToMoEExpertGate(nn.Module):
     model's dtype and ``neuron_ids``, ``widths`` (:func:`neuron_lists`), the same as the kernels read it. Until a
     checkpoint is loaded (vLLM's ``--load-format dummy`` leaves integers alone) experts keep neurons of the right
     number, all the same ones. ``is_sharded=False``: every rank holds all neurons.
+    ``record``: [most tokens of a step] uint8, the experts of the last step's tokens, or None where nobody asked for
+    them (:mod:`tomoe_vllm.layers.expert_statistics`).
     """
 
     expert_masks: Tensor
     neuron_ids: Tensor
     widths: Tensor
+    record: Tensor | None
 
     def __init__(self, config: PreTrainedConfig, layer_idx: int, prefix: str, *, is_sharded: bool = True) -> None:
         super().__init__()
@@ -46,6 +67,7 @@ class ToMoEExpertGate(nn.Module):
         self.register_buffer("expert_masks", masks.to(torch.get_default_dtype()), persistent=False)
         for name, lists in zip(("neuron_ids", "widths"), neuron_lists(self.expert_masks), strict=True):
             self.register_buffer(name, lists, persistent=False)
+        self.register_buffer("record", make_record(self.num_experts), persistent=False)
 
     def _load_signature(self, parameter: nn.Parameter, loaded: Tensor) -> None:
         shape = (self.num_neurons, parameter.shape[1])
@@ -67,7 +89,12 @@ class ToMoEExpertGate(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Expert of each token: [T, D] -> [T] int64."""
-        return route(hidden_states, self.router.weight)
+        return route(hidden_states, self.router.weight, self.record)
+
+    def keep(self, router_logits: Tensor) -> None:
+        """Record the experts where somebody else routes by these logits, [T, N]."""
+        if self.record is not None:
+            self.record.narrow(0, 0, router_logits.shape[0]).copy_(router_logits.argmax(dim=-1))
 
 
 def _spread(width: int, num_neurons: int) -> Tensor:

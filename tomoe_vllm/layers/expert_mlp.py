@@ -178,6 +178,10 @@ class ToMoEMaskedMLP(nn.Module):
             self.fc1 = ColumnParallelLinear(hidden, neurons, prefix=f"{prefix}.fc1", **options)
             self.fc2 = RowParallelLinear(neurons, hidden, prefix=f"{prefix}.fc2", **options)
 
+    def step_path(self, num_tokens: int) -> str:
+        """The way a step of ``num_tokens`` takes through the weights: here always all of them."""
+        return "masked"
+
     def forward(self, hidden_states: Tensor) -> Tensor:
         """[T, D] -> [T, D]."""
         first, second = (self.gate_up_proj, self.down_proj) if self.is_gated else (self.fc1, self.fc2)

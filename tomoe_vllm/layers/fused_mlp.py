@@ -76,9 +76,14 @@ class ToMoEFusedMLP(nn.Module):
         routed = self.experts.routed_experts
         routed.quant_method = SlicedExpertsMethod(routed, self)
 
+    def step_path(self, num_tokens: int) -> str:
+        """The way a step of ``num_tokens`` takes through the weights: vLLM's fused MoE."""
+        return "fused"
+
     def forward(self, hidden_states: Tensor) -> Tensor:
         """[T, D] -> [T, D]."""
         router_logits = F.linear(hidden_states.float(), self.expert_gate.router.weight)
+        self.expert_gate.keep(router_logits)
         output = self.experts(hidden_states, router_logits)
         bias = self.down_proj.bias
         return output if bias is None else output + bias

@@ -10,7 +10,7 @@ from vllm.distributed import get_tensor_model_parallel_world_size, tensor_model_
 
 from tomoe_vllm.hf.configuration_tomoe import block_shape
 from tomoe_vllm.kernels.expert_activation import require_activation
-from tomoe_vllm.kernels.expert_mlp import expert_mlp
+from tomoe_vllm.kernels.expert_mlp import expert_mlp, path_of
 from tomoe_vllm.kernels.expert_mlp.thresholds import load_thresholds
 from tomoe_vllm.layers.expert_gate import ToMoEExpertGate
 from tomoe_vllm.layers.neuron_rows import NeuronRows
@@ -34,6 +34,10 @@ class ToMoESharedMLP(nn.Module):
         first, second = ("gate_up_proj", "down_proj") if self.is_gated else ("fc1", "fc2")
         self.add_module(first, NeuronRows(*sizes, num_parts=1 + self.is_gated, has_bias=has_bias))
         self.add_module(second, NeuronRows(*sizes, has_bias=has_bias, is_transposed=True))
+
+    def step_path(self, num_tokens: int) -> str:
+        """The way a step of ``num_tokens`` takes through the weights: ``shared_`` and the op's name for it."""
+        return f"shared_{path_of(num_tokens, self.thresholds, self.expert_gate.widths.device.type)}"
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """[T, D] -> [T, D]."""

@@ -75,6 +75,16 @@ def neuron_lists(expert_masks: Tensor) -> tuple[Tensor, Tensor]:
     return neuron_ids, widths.to(torch.int32)
 
 
+def path_of(num_tokens: int, thresholds: Thresholds, device_type: str) -> str:
+    """How the op takes so many tokens through the weights: "gather", "masked" or "grouped" on a GPU, "rows" (each
+    expert's own, the one way there is) elsewhere."""
+    if device_type != "cuda":
+        return "rows"
+    if num_tokens <= thresholds.gather_tokens:
+        return "gather"
+    return "grouped" if num_tokens >= thresholds.grouped_tokens else "masked"
+
+
 def expert_mlp(
     hidden_states: Tensor,
     expert_ids: Tensor,

@@ -1,4 +1,8 @@
-"""``tomoe::route``: the expert of each token, on every device; in C++ on CPUs once ``kernels.native`` is loaded."""
+"""``tomoe::route``: the expert of each token, on every device; in C++ on CPUs once ``kernels.native`` is loaded.
+
+``tomoe::route_recorded`` also leaves the experts in a buffer of the caller's, as bytes: one op, since a copy after it
+would cost a small model's step more than the routing itself.
+"""
 
 import torch
 import torch.nn.functional as F
@@ -8,23 +12,35 @@ from tomoe_vllm.hf.tomoe_math import route as argmax_route
 
 _LIBRARY = torch.library.Library("tomoe", "FRAGMENT")
 _LIBRARY.define("route(Tensor hidden_states, Tensor router_weight) -> Tensor")
+_LIBRARY.define("route_recorded(Tensor hidden_states, Tensor router_weight, Tensor(a!) record) -> Tensor")
 
 
 def _route(hidden_states: Tensor, router_weight: Tensor) -> Tensor:
     return argmax_route(F.linear(hidden_states, router_weight))
 
 
+def _route_recorded(hidden_states: Tensor, router_weight: Tensor, record: Tensor) -> Tensor:
+    expert_ids = _route(hidden_states, router_weight)
+    record.narrow(0, 0, expert_ids.shape[0]).copy_(expert_ids)
+    return expert_ids
+
+
 _LIBRARY.impl("route", _route, "CompositeExplicitAutograd")
+_LIBRARY.impl("route_recorded", _route_recorded, "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("tomoe::route", lib=_LIBRARY)
-def _fake(hidden_states: Tensor, router_weight: Tensor) -> Tensor:
+@torch.library.register_fake("tomoe::route_recorded", lib=_LIBRARY)
+def _fake(hidden_states: Tensor, *others: Tensor) -> Tensor:
     return hidden_states.new_empty(hidden_states.shape[:-1], dtype=torch.int64)
 
 
-def route(hidden_states: Tensor, router_weight: Tensor) -> Tensor:
+def route(hidden_states: Tensor, router_weight: Tensor, record: Tensor | None = None) -> Tensor:
     """Argmax of the router's float32 logits (eq. 3).
 
-    ``hidden_states``: [T, D], any float dtype; ``router_weight``: [N, D] float32. Returns [T] int64.
+    ``hidden_states``: [T, D], any float dtype; ``router_weight``: [N, D] float32; ``record``: [at least T] uint8, gets
+    the experts too (N at most 255). Returns [T] int64.
     """
-    return torch.ops.tomoe.route(hidden_states.float(), router_weight)
+    if record is None:
+        return torch.ops.tomoe.route(hidden_states.float(), router_weight)
+    return torch.ops.tomoe.route_recorded(hidden_states.float(), router_weight, record)

@@ -1,4 +1,4 @@
-// tomoe::route for CPUs: the expert of each token, argmax of x W^T in float32, the first of equals.
+// tomoe::route and route_recorded for CPUs: the expert of each token, argmax of x W^T in float32, the first of equals.
 // One call instead of two; sums have one order for any number of tokens.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -12,7 +12,8 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-Tensor route(Tensor hidden_states, Tensor router_weight) {
+// The experts, and a copy of them as bytes where ``record`` is not null.
+Tensor route_tokens(const Tensor& hidden_states, const Tensor& router_weight, uint8_t* record) {
   STD_TORCH_CHECK(hidden_states.scalar_type() == ScalarType::Float && router_weight.scalar_type() == ScalarType::Float &&
                       router_weight.is_contiguous(),
                   "tomoe::route on CPU takes float32; hidden_states and a contiguous router_weight must be such");
@@ -39,11 +40,24 @@ Tensor route(Tensor hidden_states, Tensor router_weight) {
         if (logits[r] > best) best = logits[r], winner = e + r;
     }
     out[t] = winner;
+    if (record) record[t] = static_cast<uint8_t>(winner);
   }
   return ids;
+}
+
+Tensor route(Tensor hidden_states, Tensor router_weight) { return route_tokens(hidden_states, router_weight, nullptr); }
+
+Tensor route_recorded(Tensor hidden_states, Tensor router_weight, Tensor record) {
+  STD_TORCH_CHECK(record.scalar_type() == ScalarType::Byte && record.is_contiguous() && record.dim() == 1 &&
+                      record.size(0) >= hidden_states.size(0) && router_weight.size(0) <= 255,
+                  "tomoe::route_recorded takes a record of bytes, one for each token at least, and up to 255 experts");
+  return route_tokens(hidden_states, router_weight, static_cast<uint8_t*>(record.data_ptr()));
 }
 
 }  // namespace
 }  // namespace tomoe
 
-STABLE_TORCH_LIBRARY_IMPL(tomoe, CPU, m) { m.impl("route", TORCH_BOX(&tomoe::route)); }
+STABLE_TORCH_LIBRARY_IMPL(tomoe, CPU, m) {
+  m.impl("route", TORCH_BOX(&tomoe::route));
+  m.impl("route_recorded", TORCH_BOX(&tomoe::route_recorded));
+}

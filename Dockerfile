@@ -1,0 +1,42 @@
+# `tomoe serve` on vLLM's own image of exactly the release that is pinned in pyproject.toml (a test compares them).
+#   docker build -t tomoe-vllm . && docker run --gpus all --read-only --tmpfs /tmp -v ./model:/model:ro -v tomoe-cache:/cache -p 8000:8000 tomoe-vllm
+ARG VLLM_VERSION=0.32.0
+
+FROM vllm/vllm-openai:v${VLLM_VERSION} AS build
+COPY pyproject.toml README.md LICENSE /src/
+COPY tomoe_vllm /src/tomoe_vllm
+COPY training /src/training
+COPY serving /src/serving
+RUN python3 -m pip wheel --no-cache-dir --no-deps --wheel-dir /wheels /src
+
+FROM vllm/vllm-openai:v${VLLM_VERSION}
+# What the image has of these stays as it is: pip may add the small libraries that are missing, and nothing else.
+RUN --mount=type=bind,from=build,source=/wheels,target=/wheels \
+    python3 -m pip freeze | grep -E '^(torch|triton|vllm|transformers|numpy)==' > /tmp/constraints.txt \
+    && python3 -m pip install --no-cache-dir --constraint /tmp/constraints.txt "$(ls /wheels/*.whl)[serve]" \
+    && rm /tmp/constraints.txt \
+    && groupadd --gid 10001 tomoe \
+    && useradd --uid 10001 --gid tomoe --no-create-home --home-dir /cache tomoe \
+    && install -d -o tomoe -g tomoe /cache
+
+# Everything that is written at run time goes to /cache (a volume) or /tmp (a tmpfs): the root file system is read-only.
+ENV HOME=/cache \
+    XDG_CACHE_HOME=/cache \
+    HF_HOME=/cache/huggingface \
+    HF_HUB_OFFLINE=1 \
+    TORCHINDUCTOR_CACHE_DIR=/cache/inductor \
+    TRITON_CACHE_DIR=/cache/triton \
+    VLLM_CACHE_ROOT=/cache/vllm \
+    VLLM_NO_USAGE_STATS=1 \
+    TOMOE_CACHE_ROOT=/cache/tomoe \
+    TOMOE_HOST=0.0.0.0 \
+    PYTHONDONTWRITEBYTECODE=1
+
+USER tomoe
+WORKDIR /tmp
+VOLUME ["/cache"]
+EXPOSE 8000
+HEALTHCHECK --interval=10s --timeout=5s --start-period=10m --retries=3 \
+    CMD ["python3", "-c", "import urllib.request; urllib.request.urlopen('http://127.0.0.1:8000/health', timeout=4)"]
+ENTRYPOINT ["tomoe", "serve"]
+CMD ["/model"]

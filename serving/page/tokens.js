@@ -1,0 +1,120 @@
+// One answer: its tokens as coloured text, the trace that colours them, and a table of the same.
+
+import { element, paint } from "./format.js";
+
+/** Tokens and their experts. Token i of the answer has position promptTokens + i in the request. */
+export class Answer {
+  constructor(traceId) {
+    this.traceId = traceId;
+    this.tokens = [];
+    this.experts = []; // by position in the request: a row of experts, or null
+    this.promptTokens = null;
+    this.isDone = false;
+    this.chosen = -1;
+    this.layer = 0;
+
+    this.node = element("div", "message assistant");
+    this.text = element("div", "answer pending");
+    this.text.tabIndex = 0;
+    this.text.role = "group";
+    this.note = element("p", "note");
+    this.details = element("details");
+    this.details.append(element("summary", "", "Tokens and experts as a table"), element("div", "tokens"));
+    this.details.hidden = true;
+    this.details.addEventListener("toggle", () => this.#fillTable());
+    this.node.append(this.text, this.note, this.details);
+    this.#label();
+  }
+
+  /** Add a token; its text may be empty (a part of a character). */
+  add(text) {
+    const span = element("span");
+    span.dataset.index = this.tokens.length;
+    // A line break fills no space of its own: a mark carries its colour.
+    for (const part of text.split(/(\n)/)) {
+      if (part === "\n") span.append(element("span", "mark", "↵"), "\n");
+      else span.append(part);
+    }
+    this.tokens.push(text);
+    this.text.append(span);
+    this.#colour(this.tokens.length - 1);
+  }
+
+  /** Take the last token's text away: it only said that the answer ends. */
+  hideLast() {
+    this.tokens[this.tokens.length - 1] = "";
+    this.text.lastChild.textContent = "";
+  }
+
+  /** The next rows of the trace, from its position experts.length on. */
+  extend(trace) {
+    this.promptTokens = trace.num_prompt_tokens;
+    const first = this.experts.length;
+    this.experts.push(...trace.experts);
+    for (let i = Math.max(0, first - this.promptTokens); i < this.tokens.length; i++) this.#colour(i);
+  }
+
+  finish(note, isError = false) {
+    this.isDone = true;
+    this.text.classList.remove("pending");
+    this.note.textContent = note;
+    this.note.classList.toggle("error", isError);
+    this.details.hidden = this.tokens.length === 0;
+    this.text.hidden = this.tokens.length === 0;
+    this.#label();
+  }
+
+  setLayer(layer) {
+    this.layer = layer;
+    for (let i = 0; i < this.tokens.length; i++) this.#colour(i);
+    this.#fillTable();
+  }
+
+  /** Experts of token i at every layer, or null: not known yet, or never computed. */
+  row(i) {
+    return this.promptTokens == null ? null : (this.experts[this.promptTokens + i] ?? null);
+  }
+
+  get numTraced() {
+    return this.tokens.filter((_, i) => this.row(i)).length;
+  }
+
+  get content() {
+    return this.tokens.join("");
+  }
+
+  choose(i) {
+    this.text.children[this.chosen]?.classList.remove("chosen");
+    this.chosen = Math.max(-1, Math.min(i, this.tokens.length - 1));
+    this.text.children[this.chosen]?.classList.add("chosen");
+  }
+
+  #label() {
+    const size = this.isDone ? `, ${this.tokens.length} tokens` : "";
+    this.text.setAttribute("aria-label", `Answer${size}; arrow keys go from token to token`);
+    this.text.setAttribute("aria-busy", String(!this.isDone));
+  }
+
+  #colour(i) {
+    paint(this.text.children[i], this.row(i)?.[this.layer]);
+  }
+
+  #fillTable() {
+    if (!this.details.open) return;
+    const table = element("table");
+    const head = table.createTHead().insertRow();
+    for (const title of ["Token", "Text", `Expert at layer ${this.layer}`]) {
+      const cell = element("th", "", title);
+      cell.scope = "col";
+      head.append(cell);
+    }
+    const body = table.createTBody();
+    this.tokens.forEach((text, i) => {
+      const row = body.insertRow();
+      row.insertCell().textContent = i + 1;
+      row.insertCell().textContent = JSON.stringify(text).slice(1, -1);
+      row.insertCell().textContent = this.row(i)?.[this.layer] ?? "none: never fed back to the model";
+    });
+    this.details.lastChild.replaceChildren(table);
+  }
+}
