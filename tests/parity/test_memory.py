@@ -1,0 +1,79 @@
+"""Resident memory of a server, dense against ToMoE of the same weights (90 M parameters), in processes of their own."""
+
+import json
+
+import pytest
+
+from tests.helpers.processes import environment, python
+from tomoe_vllm.bench.checkpoints import write_dense, write_tomoe
+from tomoe_vllm.bench.shapes import Shape
+
+pytestmark = [pytest.mark.engine, pytest.mark.slow]
+
+SHAPE = Shape(
+    hidden_size=1024, intermediate_size=2816, num_layers=8, num_heads=16, num_kv_heads=4, head_dim=64, vocab_size=4096
+)
+
+SERVE = """
+import json, os, sys
+from pathlib import Path
+from vllm import LLM
+
+def status():
+    lines = (line.split() for line in Path("/proc/self/status").read_text().splitlines())
+    return {line[0][:-1]: int(line[1]) * 1024 for line in lines if line[0] in ("VmRSS:", "RssAnon:", "VmHWM:")}
+
+before = status()
+engine = LLM(
+    sys.argv[1], dtype="float32", enforce_eager=True, skip_tokenizer_init=True, max_model_len=256, max_num_seqs=2,
+    num_gpu_blocks_override=16, hf_overrides=json.loads(sys.argv[2]),
+)
+with open(sys.argv[3], "w") as file:
+    json.dump({"before": before, "loaded": status()}, file)
+os._exit(0)
+"""
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    write_dense(SHAPE, folder / "dense")
+    write_tomoe(folder / "dense", folder / "tomoe")
+    return folder
+
+
+def serve(models, name: str, layout: str | None = None) -> dict[str, dict[str, int]]:
+    """Memory before vLLM is imported into use and after loading, bytes."""
+    out = models / f"{name}-{layout}.json"
+    variables = environment(
+        VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_CPU_OMP_THREADS_BIND="nobind", VLLM_CPU_KVCACHE_SPACE="1"
+    )
+    overrides = json.dumps({"expert_layout": layout} if layout else {})
+    result = python("-c", SERVE, models / name, overrides, out, env=variables, timeout=1800)
+    assert out.exists(), result.stderr[-3000:]
+    return json.loads(out.read_text())
+
+
+@pytest.fixture(scope="module")
+def dense(models):
+    return serve(models, "dense")
+
+
+@pytest.mark.parametrize("layout", ["shared", "masked"])
+def test_tomoe_needs_no_more_memory_than_dense(models, dense, layout):
+    tomoe = serve(models, "tomoe", layout)
+    # What loading added: the libraries' own 500 MB would hide half a copy of the weights.
+    added, allowed = ({key: m["loaded"][key] - m["before"][key] for key in m["loaded"]} for m in (tomoe, dense))
+    assert added["RssAnon"] <= 1.05 * allowed["RssAnon"]
+    assert added["VmRSS"] <= 1.05 * allowed["VmRSS"]
+    one_layer = SHAPE.mlp_bytes + 2 * 4 * SHAPE.hidden_size**2
+    assert tomoe["loaded"]["VmHWM"] <= 1.05 * dense["loaded"]["VmHWM"] + one_layer
+
+
+def test_fused_experts_are_built_without_a_second_copy(models, dense):
+    """At its peak it holds its experts (4 times the MLPs) and what one layer needs besides."""
+    fused = serve(models, "tomoe", "fused")
+    more = (SHAPE.num_experts * SHAPE.expert_width / SHAPE.intermediate_size - 1) * SHAPE.mlp_bytes * SHAPE.num_layers
+    assert fused["loaded"]["RssAnon"] > dense["loaded"]["RssAnon"] + 0.9 * more, "the measurement must see the experts"
+    one_layer = SHAPE.num_experts * SHAPE.expert_width / SHAPE.intermediate_size * SHAPE.mlp_bytes + SHAPE.mlp_bytes
+    assert fused["loaded"]["VmHWM"] <= 1.05 * dense["loaded"]["VmHWM"] + more + one_layer
