@@ -9,14 +9,19 @@ FIELDS = "%(asctime)s %(levelname)s %(name)s %(message)s"
 
 
 def configure_logging(log_format: str, level: str) -> None:
-    """Set the process's root logger. ``log_format`` is ``json`` or ``text``."""
+    """Set the process's root logger and ours. ``log_format`` is ``json`` or ``text``.
+
+    Ours does without the root's handler: a library that vLLM imports with its app takes that over.
+    """
     handler = logging.StreamHandler(sys.stderr)
     names = {"asctime": "time", "levelname": "level", "name": "logger"}
     formatter = JsonFormatter(FIELDS, rename_fields=names) if log_format == "json" else logging.Formatter(FIELDS)
     handler.setFormatter(formatter)
-    root = logging.getLogger()
-    root.handlers[:] = [handler]
-    root.setLevel(level.upper())
+    for name in ("", "serving"):
+        logger = logging.getLogger(name)
+        logger.handlers[:] = [handler]
+        logger.setLevel(level.upper())
+    logging.getLogger("serving").propagate = False
     # uvicorn's own lines repeat ours (start, stop) or come from us (access).
     logging.getLogger("uvicorn.error").setLevel("WARNING")
     logging.getLogger("httpx").setLevel("WARNING")
