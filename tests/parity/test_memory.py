@@ -1,4 +1,4 @@
-"""Resident memory of a server, dense against ToMoE of the same weights (90 M parameters), in processes of their own."""
+"""Resident memory of a server, dense against ToMoE of the same weights (94 M parameters), in processes of their own."""
 
 import json
 
