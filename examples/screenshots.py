@@ -28,7 +28,7 @@ def settings() -> argparse.Namespace:
 
 def take(browser, scheme: str, options: argparse.Namespace) -> Path:
     """Chat, choose a token, and save the page."""
-    page = browser.new_page(color_scheme=scheme, viewport={"width": 1280, "height": 800})
+    page = browser.new_page(color_scheme=scheme, viewport={"width": 1280, "height": 940})
     page.goto(options.url)
     if options.key:
         page.fill("#key", options.key)

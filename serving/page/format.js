@@ -10,7 +10,7 @@ export const percent = (value, digits = 0) => `${(100 * value).toFixed(digits)} 
 /** [number, unit] of a time in milliseconds. */
 export function time(ms) {
   if (!Number.isFinite(ms)) return ["–", ""];
-  if (ms >= 10_000) return [(ms / 1000).toFixed(1), "s"];
+  if (ms >= 1000) return [(ms / 1000).toPrecision(3), "s"];
   return [ms >= 100 ? ms.toFixed(0) : ms.toFixed(1), "ms"];
 }
 

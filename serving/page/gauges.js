@@ -66,6 +66,12 @@ export class Latency {
   }
 }
 
+/** The least and the most of some numbers, or the one they all are. */
+function range(values, format) {
+  const [least, most] = [Math.min(...values), Math.max(...values)];
+  return least === most ? format(most) : `${format(least)} to ${format(most)}`;
+}
+
 function meter(name, share, text) {
   const node = element("div", "meter");
   const line = element("div", "line");
@@ -84,7 +90,7 @@ export function showBudget(node, { cost, capacity, in_use: use }) {
   const rows = [
     ["Compute per token", `${short(cost.flops_per_token)} FLOP`],
     ["Weights of a token's path", bytes(cost.weight_bytes_per_token)],
-    ["KV cache per token", bytes(cost.kv_bytes_per_token)],
+    ["KV cache per token, by its layout", range(Object.values(cost.kv_bytes_per_token), bytes)],
   ];
   if (use.observed_tpot_ms != null) rows.push(["Time per output token, server", time(use.observed_tpot_ms).join(" ")]);
   if (capacity.tpot_slo_ms != null) rows.push(["Promised time per output token", time(capacity.tpot_slo_ms).join(" ")]);

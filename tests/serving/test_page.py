@@ -11,6 +11,7 @@ import urllib.request
 import numpy as np
 import pytest
 
+from serving.budget import Budget
 from tests.helpers.browser import CHROMIUM, CONTRAST, accessible_nodes, chromium
 from tests.helpers.dense_models import word_tokenizer
 from tests.helpers.expert_server import running
@@ -29,7 +30,8 @@ BUDGET = {
     "model": "tiny",
     "cost": {
         "active_parameters": 94_000_000, "total_parameters": 134_500_000, "active_ratio": 0.7, "flops_per_token": 188e6,
-        "read_parameters_per_token": 94_000_000, "weight_bytes_per_token": 376e6, "kv_bytes_per_token": 46_080,
+        "read_parameters_per_token": {"shared": 94_000_000, "masked": 134_500_000}, "weight_bytes_per_token": 376e6,
+        "kv_bytes_per_token": {"dense": 46_080, "padded": 40_320},
     },
     "step_time": None,
     "capacity": {
@@ -37,11 +39,11 @@ BUDGET = {
         "tokens_per_s": 180.4,
     },
     "in_use": {
-        "running": 3, "waiting": 1, "refused": 0, "kv_usage": 0.25, "kv_reserved_tokens": 500, "observed_tpot_ms": 41.5,
-        "is_draining": False,
+        "running": 3, "waiting": 1, "refused": {}, "kv_usage": 0.25, "kv_reserved_tokens": 500,
+        "observed_tpot_ms": 41.5, "is_draining": False,
     },
 }  # fmt: skip
-"""What /v1/tomoe/budget answers: that route is the server's, and this launcher has none."""
+"""What /v1/tomoe/budget answers, checked against the server's own model: this launcher has no such route."""
 
 
 @pytest.fixture(scope="module")
@@ -176,10 +178,19 @@ def test_gauges_measure_and_say_what_is_not_available(page):
 
 
 def test_budget_is_shown_where_the_server_has_one(page):
-    page.route("**/v1/tomoe/budget", lambda route: route.fulfill(json=BUDGET))
+    answer = Budget.model_validate(BUDGET).model_dump()
+    page.route("**/v1/tomoe/budget", lambda route: route.fulfill(json=answer))
     page.wait_for_selector("#budget meter", timeout=WAIT_MS)
     text = page.inner_text("#budget")
-    for expected in ("94M of 135M (70 %)", "188M FLOP", "376 MB", "46.1 kB", "180 tokens/s", "3 of 16, 1", "41.5 ms"):
+    for expected in (
+        "94M of 135M (70 %)",
+        "188M FLOP",
+        "376 MB",
+        "40.3 kB to 46.1 kB",
+        "180 tokens/s",
+        "3 of 16, 1",
+        "41.5 ms",
+    ):
         assert expected in text
     assert page.locator("#budget meter").first.evaluate("meter => meter.value") == pytest.approx(0.699, abs=1e-3)
 
