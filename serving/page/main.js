@@ -100,8 +100,7 @@ function showLegend() {
 function describe(answer) {
   const row = answer.row(answer.chosen);
   const text = JSON.stringify(answer.tokens[answer.chosen]).slice(1, -1);
-  const served = row ? `layer ${state.layer}, expert ${row[state.layer]}` : "no expert: this token was never fed back to the model";
-  $("token-info").textContent = `Token ${answer.chosen + 1}, “${text}”: ${served}`;
+  $("token-info").textContent = `Token ${answer.chosen + 1}, “${text}”: layer ${state.layer}, expert ${answer.served(answer.chosen)}`;
   $("token-info").classList.remove("muted");
   $("token-strip").setAttribute("aria-label", row ? `Experts from layer 0 on: ${row.join(", ")}` : "No experts");
   $("token-strip").replaceChildren(

@@ -10,6 +10,7 @@ export class Answer {
     this.experts = []; // by position in the request: a row of experts, or null
     this.promptTokens = null;
     this.isDone = false;
+    this.isTraced = false; // all of the trace is here
     this.chosen = -1;
     this.layer = 0;
 
@@ -49,9 +50,11 @@ export class Answer {
   /** The next rows of the trace, from its position experts.length on. */
   extend(trace) {
     this.promptTokens = trace.num_prompt_tokens;
+    this.isTraced = this.isDone && trace.is_finished;
     const first = this.experts.length;
     this.experts.push(...trace.experts);
     for (let i = Math.max(0, first - this.promptTokens); i < this.tokens.length; i++) this.#colour(i);
+    this.#fillTable();
   }
 
   finish(note, isError = false) {
@@ -75,8 +78,12 @@ export class Answer {
     return this.promptTokens == null ? null : (this.experts[this.promptTokens + i] ?? null);
   }
 
-  get numTraced() {
-    return this.tokens.filter((_, i) => this.row(i)).length;
+  /** The expert of token i at the chosen layer in words. */
+  served(i) {
+    const row = this.row(i);
+    if (row) return String(row[this.layer]);
+    const isLast = i === this.tokens.length - 1;
+    return isLast && this.isTraced ? "none: never fed back to the model" : "not known";
   }
 
   get content() {
@@ -113,7 +120,7 @@ export class Answer {
       const row = body.insertRow();
       row.insertCell().textContent = i + 1;
       row.insertCell().textContent = JSON.stringify(text).slice(1, -1);
-      row.insertCell().textContent = this.row(i)?.[this.layer] ?? "none: never fed back to the model";
+      row.insertCell().textContent = this.served(i);
     });
     this.details.lastChild.replaceChildren(table);
   }

@@ -221,7 +221,7 @@ def test_keyboard_alone_is_enough(page):
     assert len(set(said)) == 3
     page.keyboard.press("Tab")
     page.keyboard.press("Enter")
-    page.wait_for_selector(".tokens tbody tr", timeout=WAIT_MS)
+    page.wait_for_selector("td:has-text('never fed back')", timeout=WAIT_MS)
     rows = page.locator(".tokens tbody tr").evaluate_all("rows => rows.map(r => [...r.cells].map(c => c.innerText))")
     assert [row[2] for row in rows[:-1]] == [str(expert) for expert in shown_experts(page)[:-1]]
     assert rows[-1][2] == "none: never fed back to the model"
