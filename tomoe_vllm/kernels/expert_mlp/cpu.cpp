@@ -32,7 +32,7 @@ using torch::stable::Tensor;
 constexpr int64_t kMaxSlice = 2048;       // columns of x and weights at a time where tokens are many: 8 KB a row
 constexpr int64_t kBlockBytes = 1 << 18;  // weights of a block of phase 1: it and the next are half of a 1 MB L2
 constexpr int64_t kDownRows = 64;         // neurons of a block of phase 2: 256 B of each, 16 KB, stay in L1
-constexpr int64_t kTokenChunk = 128;      // tokens of one expert at a time in phase 1
+constexpr int64_t kTokenChunk = 32;       // tokens of one expert at a time in phase 1: 256 KB of x beside a block
 constexpr int64_t kPassTokens = 1024;     // tokens per pass over the weights: bounds the scratch memory
 constexpr int64_t kRowByRowTokens = 8;    // up to so many tokens of an expert phase 1 takes whole rows
 constexpr int kMaxNext = 16, kMaxSlices = 32;
