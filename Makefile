@@ -19,8 +19,8 @@ install: $(VENV)/.installed ## create .venv and install everything (1.5 to 5 min
 $(VENV)/.installed: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade "pip>=26"
-	$(BIN)/python -m pip install --quiet --editable ".[$(EXTRA),train,eval,serve,dev]" \
-	  || { test -n "$(TORCH_INDEX)" && $(BIN)/python -m pip install --quiet --extra-index-url "$(TORCH_INDEX)" --editable ".[$(EXTRA),train,eval,serve,dev]"; } \
+	$(BIN)/python -m pip install --quiet --editable ".[$(EXTRA),train,eval,serve,bench,dev]" \
+	  || { test -n "$(TORCH_INDEX)" && $(BIN)/python -m pip install --quiet --extra-index-url "$(TORCH_INDEX)" --editable ".[$(EXTRA),train,eval,serve,bench,dev]"; } \
 	  || { echo "install failed; if it was torch==...+cpu that was not found, run: make install TORCH_INDEX=<address of PyTorch's CPU wheel index, see PyTorch's install page>" >&2; exit 1; }
 ifeq ($(EXTRA),cpu)
 	@# Their general builds break transformers' imports beside a CPU build of torch; nothing here uses them.

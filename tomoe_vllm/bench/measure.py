@@ -3,6 +3,7 @@
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 
 import torch
 
@@ -26,18 +27,21 @@ def summary(samples: list[float], scale: float = 1.0) -> dict[str, float]:
 
 
 def read_bandwidth(num_bytes: int = 1 << 29) -> float:
-    """Bytes per second that this process reads from memory with all its threads: the best of a few sweeps.
+    """Bytes per second that this process reads from memory with all its threads: the best sweep of three readers.
 
-    A matrix-vector product through vLLM's oneDNN linear, the fastest reader found here (torch's sum reads at 0.75 of
-    its rate, torch's own mv at half).
+    vLLM's oneDNN linear with one row and with four, and torch's sum: which one reads fastest differs by processor.
     """
     from vllm import _custom_ops as ops
     from vllm.platforms import current_platform
 
     current_platform.import_kernels()
-    handler = ops.create_onednn_mm(torch.randn(num_bytes // 4 // 4096, 4096).t(), 32)
-    vector = torch.randn(1, 4096)
-    return num_bytes / min(interleave({"read": lambda: ops.onednn_mm(handler, vector, None)}, 15)["read"])
+    matrix = torch.randn(num_bytes // 4 // 4096, 4096)
+    handler = ops.create_onednn_mm(matrix.t(), 32)
+    ways: dict[str, Callable[[], object]] = {
+        str(num_rows): partial(ops.onednn_mm, handler, torch.randn(num_rows, 4096), None) for num_rows in (1, 4)
+    }
+    samples = interleave(ways | {"sum": matrix.sum}, 10)
+    return num_bytes / min(min(values) for values in samples.values())
 
 
 def gemm_rate(size: int = 2048) -> float:
