@@ -4,8 +4,6 @@ Outermost first: request log, API keys, bodies, active parameters, gate, vLLM's 
 Starlette's BaseHTTPMiddleware would hide a client's disconnect from vLLM, which then goes on generating.
 """
 
-import importlib
-import importlib.util
 from collections.abc import Callable
 from typing import Any
 
@@ -19,6 +17,7 @@ from serving.auth import ApiKeys
 from serving.bodies import Bodies
 from serving.budget import BudgetSource, budget_router
 from serving.errors import error_body
+from serving.experts import attach_experts
 from serving.gate import Condition, Gate
 from serving.openapi import document_errors
 from serving.requests import RequestLog
@@ -38,13 +37,6 @@ REFUSED_PATHS = ("/v1/embeddings", "/v1/audio/transcriptions", "/v1/images/gener
 """OpenAI routes that a text generator cannot serve: said in so many words, not with a 404."""
 
 
-def experts_module() -> Any | None:
-    """``serving.experts`` where it is installed: expert statistics and the page at ``/``."""
-    if importlib.util.find_spec("serving.experts") is None:
-        return None
-    return importlib.import_module("serving.experts")
-
-
 def add_routes(
     app: FastAPI,
     *,
@@ -57,9 +49,7 @@ def add_routes(
     app.router.routes[:] = [r for r in app.router.routes if getattr(r, "path", None) in SERVED_PATHS]
     add_probes(app, lambda: condition.is_ready and not engine_client.errored, lambda: not engine_client.errored)
     app.include_router(budget_router(lambda: budget))
-    experts = experts_module()
-    if experts is not None:
-        experts.attach_experts(app, engine_client, settings)
+    attach_experts(app, engine_client, settings)
     for path in REFUSED_PATHS:
         app.add_api_route(path, _refuse, methods=["POST"], status_code=400, tags=["refused"])
     app.add_exception_handler(HTTPException, _as_openai_error)  # type: ignore[arg-type]

@@ -17,9 +17,10 @@ from typing import Any
 
 from serving import engine
 from serving.admission import Admission
-from serving.app import add_routes, experts_module, wrap
+from serving.app import add_routes, wrap
 from serving.budget import admitted_source, cost_of, register_metrics
 from serving.calibration import measure_step_times
+from serving.experts import ENGINE_ARGUMENTS
 from serving.gate import Condition
 from serving.listen import FLUSH_SECONDS, Server, bind, make_server
 from serving.logs import configure_logging
@@ -127,8 +128,7 @@ def _stored_profile(settings: ServerSettings, facts: dict[str, Any]) -> Profile 
 
 @contextlib.asynccontextmanager
 async def _engine(settings: ServerSettings, facts: dict[str, Any], limits: Limits | None):
-    experts = experts_module()
-    defaults = getattr(experts, "ENGINE_ARGUMENTS", {})
+    defaults = ENGINE_ARGUMENTS if settings.expert_statistics else {}
     args = engine.parse_engine_args(settings, defaults, limits)
     require_memory(settings.checkpoint, engine.memory_needed(args, facts), engine.memory_available())
     async with engine.start_engine(args) as client:

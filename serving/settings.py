@@ -77,6 +77,8 @@ class ServerSettings(BaseSettings):
     """JSON file of the measured step time: read if it exists, else measured and written."""
     report_active_parameters: bool = False
     """Add active_parameters_per_token to every `usage`; a client can ask for it with the X-ToMoE-Usage header."""
+    expert_statistics: bool = True
+    """Count which expert serves which token, for /metrics and the page; under 1 % of a step."""
     log_format: Literal["json", "text"] = "json"
     """One JSON object a line, or plain text."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"

@@ -101,3 +101,8 @@ def test_help_ends_with_success(capsys):
 
 def test_nearest_says_nothing_where_nothing_is_near():
     assert nearest("zzz", ["port"]) == ""
+
+
+def test_expert_statistics_can_be_switched_off():
+    assert load_settings(["model"], {}).expert_statistics
+    assert not load_settings(["model", "--no-expert-statistics"], {}).expert_statistics
