@@ -33,13 +33,12 @@ class ToMoEEndpoints:
 
     async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:
         """What the routes read. Raises ``ValueError`` for a model that is not a ToMoE checkpoint."""
-        from serving.app import experts_module
         from serving.engine import bare_budget
+        from serving.experts import attach_experts
         from serving.settings import ServerSettings
         from training.inspection import inspect
 
         settings = ServerSettings(checkpoint=Path(args.model))
         self.source = bare_budget(engine_client, args, inspect(settings.checkpoint))
-        experts = experts_module()
-        if experts is not None:
-            experts.attach_experts(self.app, engine_client, settings)
+        assert self.app is not None
+        attach_experts(self.app, engine_client, settings)
