@@ -116,7 +116,7 @@ def decode_rates(clients: dict[str, OpenAI]) -> dict[str, list[float]]:
 @torch.inference_mode()
 def parity(folder: Path, client: OpenAI) -> float:
     """Largest difference of prompt logprobs between the Hugging Face reference and the server."""
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
     model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32).eval()
     worst = 0.0
     for prompt in PARITY_PROMPTS:
