@@ -35,7 +35,8 @@ constexpr int64_t kDownRows = 64;         // neurons of a block of phase 2: 256 
 constexpr int64_t kTokenChunk = 32;       // tokens of one expert at a time in phase 1: 256 KB of x beside a block
 constexpr int64_t kPassTokens = 1024;     // tokens per pass over the weights: bounds the scratch memory
 constexpr int64_t kRowByRowTokens = 8;    // up to so many tokens of an expert phase 1 takes whole rows
-constexpr int kMaxNext = 16, kMaxSlices = 32;
+constexpr int kMaxNext = 16;    // rows that a tile may fetch: one token's tiles, the fewest, ask for 6 to 12
+constexpr int kMaxSlices = 32;  // 65,536 columns
 
 struct Problem {
   const float* x;           // [T, D]
