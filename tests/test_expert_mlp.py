@@ -66,6 +66,9 @@ CASES = [
     pytest.param({"tokens": 9, "hidden": 64, "neurons": 96, "experts": 1}, id="one expert"),
     pytest.param({"tokens": 300, "hidden": 64, "neurons": 96, "experts": 2}, id="more tokens than a chunk"),
     pytest.param({"tokens": 1100, "hidden": 32, "neurons": 40, "experts": 3}, id="more tokens than a pass"),
+    pytest.param({"tokens": 64, "hidden": 50, "neurons": 77, "experts": 1}, id="tokens in lanes that just fill them"),
+    pytest.param({"tokens": 151, "hidden": 2100, "neurons": 90, "experts": 2}, id="tokens in lanes, some idle"),
+    pytest.param({"tokens": 200, "hidden": 64, "neurons": 700, "experts": 4}, id="some experts in lanes, some not"),
     pytest.param({"tokens": 19, "hidden": 2100, "neurons": 40, "experts": 3}, id="more columns than a slice of k"),
     pytest.param({"tokens": 5, "hidden": 64, "neurons": 96, "experts": 8, "keep": 1.0}, id="every neuron kept"),
     pytest.param({"tokens": 17, "hidden": 96, "neurons": 700, "experts": 4}, id="many blocks, next one fetched"),
@@ -86,13 +89,15 @@ def test_equals_the_reference(shape, threads):
 
 @pytest.mark.parametrize(("is_gated", "has_bias"), [(True, True), (True, False), (False, True), (False, False)])
 @pytest.mark.parametrize("activation", ["silu", "relu", "gelu", "gelu_new"])
-def test_activations_gates_and_biases(activation, is_gated, has_bias):
-    case = make_case(21, 48, 70, 5, is_gated=is_gated, has_bias=has_bias)
+@pytest.mark.parametrize("tokens", [21, 150], ids=["few tokens", "tokens in lanes"])
+def test_activations_gates_and_biases(tokens, activation, is_gated, has_bias):
+    case = make_case(tokens, 48, 70, 2, is_gated=is_gated, has_bias=has_bias)
     case[0] *= 3
     assert_close(run(case, activation), expected_output(case, activation), 1e-5)
 
 
 def test_a_token_does_not_depend_on_its_batch_not_even_in_the_last_bit(threads):
+    """While its expert has fewer tokens than are laid out in lanes."""
     case = make_case(50, 1100, 130, 8)
     whole = run(case)
     for size in (1, 2, 5, 13, 50):
@@ -105,10 +110,12 @@ def test_experts_without_neurons_give_zero():
 
 
 @pytest.mark.parametrize("hidden", [576, 2048])
-def test_rows_of_w_down_may_lie_apart(hidden):
+def test_rows_may_lie_apart(hidden):
     case = make_case(6, hidden, 96, 8)
-    apart = torch.full((96, hidden + row_padding(hidden)), torch.nan)[:, :hidden].copy_(case[4])
-    assert torch.equal(run([*case[:4], apart, *case[5:]]), run(case))
+    up, down = (
+        torch.full((len(rows), hidden + 16), torch.nan)[:, :hidden].copy_(rows) for rows in (case[2], case[4])
+    )
+    assert torch.equal(run([*case[:2], up, case[3], down, *case[5:]]), run(case))
     assert (row_padding(576), row_padding(2048)) == (0, 16)
 
 

@@ -39,13 +39,11 @@ class Layer:
         hidden, neurons, width = shape.hidden_size, shape.intermediate_size, shape.expert_width
         self.up = _random_rows(2 * neurons, hidden, generator).mul_(hidden**-0.5)
         self.down = _random_rows(neurons, hidden, generator).mul_(neurons**-0.5)
-        padded = native.prefer_huge_pages(torch.empty(neurons, hidden + row_padding(hidden)))
-        self.rows_apart = padded[:, :hidden].copy_(self.down)
         order = torch.rand(shape.num_experts, neurons, generator=generator).argsort(dim=1)
         self.masks = torch.zeros(shape.num_experts, neurons).scatter_(1, order[:, :width], 1.0)
         self.neuron_ids, self.widths = neuron_lists(self.masks)
-        self.packed_up = ops.create_onednn_mm(self.up.t(), 32)
-        self.packed_down = ops.create_onednn_mm(self.down, 32)
+        self.packed_up = ops.create_onednn_mm(self.up.contiguous().t(), 32)
+        self.packed_down = ops.create_onednn_mm(self.down.contiguous(), 32)
         if "fused" in ways:
             padding = -width % 32  # the kernel takes whole multiples, and vLLM pads in the same way
             gate, up, down = (
@@ -72,7 +70,7 @@ class Layer:
     def shared(self, x: Tensor, expert_ids: Tensor) -> Tensor:
         lists = self.neuron_ids, self.widths
         thresholds = load_thresholds()
-        return expert_mlp(x, expert_ids, self.up, None, self.rows_apart, self.masks, *lists, "silu", thresholds)
+        return expert_mlp(x, expert_ids, self.up, None, self.down, self.masks, *lists, "silu", thresholds)
 
     def fused(self, x: Tensor, expert_ids: Tensor) -> Tensor:
         from vllm import _custom_ops as ops
@@ -85,7 +83,8 @@ class Layer:
 
 def _random_rows(rows: int, columns: int, generator: torch.Generator) -> Tensor:
     """As the layer allocates its weights."""
-    return native.prefer_huge_pages(torch.empty(rows, columns)).normal_(generator=generator)
+    apart = native.prefer_huge_pages(torch.empty(rows, columns + row_padding(columns)))
+    return apart[:, :columns].normal_(generator=generator)
 
 
 Call = Callable[[Layer], Tensor]

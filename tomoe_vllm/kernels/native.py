@@ -1,4 +1,4 @@
-"""Builds the C++ kernels (``kernels/*/cpu.cpp``) into one library on first use, and loads it.
+"""Builds the C++ kernels (``kernels/*/cpu.cpp`` and their headers) into one library on first use, and loads it.
 
 They use PyTorch's stable ABI, so compiling takes about ten seconds and one build serves any torch of the
 supported range. The library lies in ``~/.cache/tomoe_vllm`` (or ``TOMOE_CACHE_ROOT``) under a name made of
@@ -61,7 +61,7 @@ def build(isa: str | None = None) -> Path:
     sources = sorted(SOURCES.glob("*/cpu.cpp"))
     version = subprocess.run([cxx, "--version"], capture_output=True, text=True).stdout
     key = hashlib.sha256(" ".join([version, torch.__version__, *flags]).encode())
-    for file in [*sorted(SOURCES.glob("*.h")), *sources]:
+    for file in [*sorted(SOURCES.rglob("*.h")), *sources]:
         key.update(file.read_bytes())
     folder = cache_folder()
     library = folder / f"kernels-{key.hexdigest()[:16]}.so"

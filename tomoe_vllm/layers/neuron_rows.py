@@ -36,7 +36,7 @@ class NeuronRows(nn.Module):
         device = "cpu" if is_staged else None
         self.is_transposed = is_transposed
         num_rows = num_parts * self.num_local
-        padding = row_padding(hidden_size) if is_transposed and current_platform.is_cpu() else 0
+        padding = row_padding(hidden_size) if current_platform.is_cpu() else 0
         rows = prefer_huge_pages(torch.empty(num_rows, hidden_size + padding, device=device))[:, :hidden_size]
         self.weight = nn.Parameter(rows, requires_grad=False)
         set_weight_attrs(self.weight, {"weight_loader": self._load_weight})

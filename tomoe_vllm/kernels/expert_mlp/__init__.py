@@ -4,8 +4,8 @@
 
 Rows are neurons in all matrices (W_down is kept transposed), so an expert is a list of rows, and one copy of the
 weights serves all experts. What is read and in which order is decided inside; the op's shapes depend on those of its
-inputs alone and it never waits for a device. The C++ version has one way for any number of tokens; the CUDA version
-has three, and ``thresholds`` say where it changes.
+inputs alone and it never waits for a device. The CUDA version has three ways, and ``thresholds`` say where it changes;
+the C++ version goes by the tokens of each expert.
 
 Versions: plain torch (``reference.py``, the truth, any device and dtype), C++ for float32 on CPUs (``cpu.cpp``,
 from the moment ``kernels.native.load()`` succeeds). A CUDA version registers itself the same way, for key "CUDA".
@@ -51,10 +51,10 @@ def _fake(hidden_states: Tensor, *others: object) -> Tensor:
 
 
 def row_padding(hidden_size: int) -> int:
-    """Floats that W_down's rows are set apart on a CPU, 0 or 16.
+    """Floats that rows of weights are set apart on a CPU, 0 or 16.
 
-    Rows that lie a multiple of 8 cache lines apart share a few sets of the L1 cache: 64 of them would push each
-    other out (docs/performance.md).
+    Rows that lie a multiple of 8 cache lines apart share a few sets of the L1 cache, and would push each other out
+    (docs/performance.md).
     """
     line = 16
     return line if hidden_size % (8 * line) == 0 else 0
@@ -100,7 +100,7 @@ def expert_mlp(
     """Each token through its expert's neurons.
 
     ``hidden_states``: [T, D]; ``expert_ids``: [T] int64; ``up_weight``: [2F, D], the gate's rows first, or [F, D]
-    without a gate; ``up_bias``: [2F] or [F], or None; ``down_weight``: [F, D], one row per neuron, rows may lie apart;
+    without a gate; ``up_bias``: [2F] or [F], or None; ``down_weight``: [F, D], one row per neuron; rows may lie apart;
     ``expert_masks``: [N, F] of ones and zeros; ``neuron_ids``, ``widths``: the same as lists
     (:func:`neuron_lists`); floats of one dtype. ``activation``: a Hugging Face ``hidden_act``;
     ``thresholds``: those of the device (``load_thresholds()``, once: it reads a file).

@@ -1,0 +1,181 @@
+// Phase 2 of tomoe::expert_mlp: outputs are sums of W_down's rows, lanes over the columns, which the threads share.
+//
+// A sum adds the neurons in their order, whatever the number of tokens and of threads.
+#pragma once
+#include "problem.h"
+
+namespace tomoe {
+
+constexpr int64_t kStreamedBytes = 1 << 18;  // of the rows that experts take turns at, and as many are fetched: L2
+constexpr int64_t kDownRows = 512;           // neurons of a block: 128 KB of 64 columns stay in L2
+
+// One expert's tokens, T by R rows: the outputs pass through registers once for R neurons. Rows ``next`` are fetched.
+template <int T, int R>
+void stream_tile(const float* const* rows, const float* const* next, const float* const* h, int64_t h_stride,
+                 float* const* y, int64_t columns, bool is_first) {
+  Vec factors[T][R];
+#pragma GCC unroll 16
+  for (int t = 0; t < T; ++t)
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) factors[t][r] = broadcast(h[t][r * h_stride]);
+  const auto step = [&](int64_t d, int64_t left) {
+    const bool is_whole = left >= kWidth;
+    Vec sums[T];
+#pragma GCC unroll 16
+    for (int t = 0; t < T; ++t)
+      sums[t] = is_first ? zero() : is_whole ? load(y[t] + d) : load_first(y[t] + d, left);
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) {
+      const Vec weights = held(is_whole ? load(rows[r] + d) : load_first(rows[r] + d, left));
+#pragma GCC unroll 16
+      for (int t = 0; t < T; ++t) sums[t] = fma(factors[t][r], weights, sums[t]);
+    }
+#pragma GCC unroll 16
+    for (int t = 0; t < T; ++t)
+      if (is_whole) store(y[t] + d, sums[t]);
+      else store_first(y[t] + d, sums[t], left);
+  };
+  int64_t d = 0;
+  for (; d + kWidth <= columns; d += kWidth) {
+    if (d % 16 == 0)
+#pragma GCC unroll 16
+      for (int r = 0; r < R; ++r) __builtin_prefetch(next[r] + d, 0, 2);
+    step(d, kWidth);
+  }
+  if (d < columns) step(d, columns - d);
+}
+
+using StreamTile = void (*)(const float* const*, const float* const*, const float* const*, int64_t, float* const*,
+                            int64_t, bool);
+
+// Rows that a tile of so many tokens takes at most: as many factors as there are registers for.
+constexpr int streamed_rows(int64_t tokens) {
+  return static_cast<int>(std::min<int64_t>(kTileSums / tokens, kMaxStreamedRows));
+}
+
+template <int T = kStreamedTokens, int R = streamed_rows(T)>
+StreamTile stream_tile_of(int64_t tokens, int64_t rows) {
+  if constexpr (T > 1)
+    if (tokens < T) return stream_tile_of<T - 1>(tokens, rows);
+  if constexpr (R > 1)
+    if (rows < R) return stream_tile_of<T, R - 1>(tokens, rows);
+  return stream_tile<T, R>;
+}
+
+// Columns [begin, end) of all outputs for up to kStreamedTokens: memory is the limit, and whole
+// rows are what it gives fastest. Experts take turns at blocks of neurons; each fetches its rows of the next.
+inline void down_streamed(const Problem& p, const Sorted& sorted, const float* h, int64_t begin, int64_t end) {
+  const int64_t columns = end - begin;
+  const int64_t block = std::clamp<int64_t>(kStreamedBytes / (columns * sizeof(float)), 16, 128);
+  for (int64_t n = 0; n < p.neurons; n += block)
+    for (const Group& group : sorted.groups) {
+      const List& list = group.neurons;
+      const Rows rows = rows_in_block(list, n, n + block);
+      const float* hidden[kStreamedTokens];
+      float* y[kStreamedTokens];
+      for (int64_t t = 0; t < group.count; ++t) y[t] = p.out + sorted.order[group.first + t] * p.depth + begin;
+      const int per_tile = streamed_rows(group.count);
+      for (int64_t i = rows.begin; i < rows.end; i += per_tile) {
+        const int64_t num_rows = std::min<int64_t>(per_tile, rows.end - i);
+        const float *w[kMaxStreamedRows], *next[kMaxStreamedRows];
+        for (int64_t r = 0; r < num_rows; ++r) {
+          const int64_t later = std::min(rows.end + (i - rows.begin) + r, list.size - 1);
+          w[r] = p.down + list.ids[i + r] * p.down_stride + begin;
+          next[r] = p.down + list.ids[later] * p.down_stride + begin;
+        }
+        for (int64_t t = 0; t < group.count; ++t)
+          hidden[t] = h + group.hidden + t * group.token_stride + i * group.neuron_stride;
+        stream_tile_of(group.count, num_rows)(w, next, hidden, group.neuron_stride, y, columns, i == 0);
+      }
+    }
+}
+
+// T tokens by V vectors of columns, over the rows of one expert in one block of neurons. Sums stay in registers.
+// ``next``: rows of ``later`` to be fetched meanwhile, one for each that is used.
+template <int T, int V, bool kPrefetch>
+void down_tile(const float* down, const float* later, int64_t stride, const int32_t* ids, const int32_t* next,
+               int64_t count, const float* const* h, int64_t h_stride, float* const* y, int64_t columns,
+               bool is_first) {
+  Vec sums[T][V];
+#pragma GCC unroll 16
+  for (int t = 0; t < T; ++t)
+#pragma GCC unroll 16
+    for (int v = 0; v < V; ++v) {
+      const int64_t left = columns - v * kWidth;
+      sums[t][v] = is_first ? zero() : left >= kWidth ? load(y[t] + v * kWidth) : load_first(y[t] + v * kWidth, left);
+    }
+  const int64_t last = columns - (V - 1) * kWidth;
+  for (int64_t i = 0; i < count; ++i) {
+    const float* row = down + ids[i] * stride;
+    if constexpr (kPrefetch) {
+      const float* ahead = later + next[i] * stride;
+#pragma GCC unroll 16
+      for (int v = 0; v < V * kWidth; v += 16) __builtin_prefetch(ahead + v, 0, 2);
+    }
+    Vec weights[V];
+#pragma GCC unroll 16
+    for (int v = 0; v < V - 1; ++v) weights[v] = load(row + v * kWidth);
+    weights[V - 1] = last >= kWidth ? load(row + (V - 1) * kWidth) : load_first(row + (V - 1) * kWidth, last);
+#pragma GCC unroll 16
+    for (int t = 0; t < T; ++t) {
+      const Vec factor = held(broadcast(h[t][i * h_stride]));
+#pragma GCC unroll 16
+      for (int v = 0; v < V; ++v) sums[t][v] = fma(factor, weights[v], sums[t][v]);
+    }
+  }
+#pragma GCC unroll 16
+  for (int t = 0; t < T; ++t)
+#pragma GCC unroll 16
+    for (int v = 0; v < V; ++v) {
+      const int64_t left = columns - v * kWidth;
+      if (left >= kWidth) store(y[t] + v * kWidth, sums[t][v]);
+      else store_first(y[t] + v * kWidth, sums[t][v], left);
+    }
+}
+
+using DownTile = void (*)(const float*, const float*, int64_t, const int32_t*, const int32_t*, int64_t,
+                          const float* const*, int64_t, float* const*, int64_t, bool);
+
+template <bool kPrefetch, int T = kDownTokens, int V = kDownVecs * (T <= kDownTokens / 2 ? 2 : 1)>
+DownTile down_tile_of(int tokens, int vecs) {
+  if constexpr (T > 1)
+    if (tokens < T) return down_tile_of<kPrefetch, T - 1>(tokens, vecs);
+  if constexpr (V > 1)
+    if (vecs < V) return down_tile_of<kPrefetch, T, V - 1>(tokens, vecs);
+  return down_tile<T, V, kPrefetch>;
+}
+
+// Columns [begin, end) of all outputs: a few columns of a block's rows stay near while all tokens pass by.
+inline void down_in_blocks(const Problem& p, const Sorted& sorted, const float* h, int64_t begin, int64_t end) {
+  const int64_t chunk = kDownVecs * kWidth * (sorted.most_tokens <= kDownTokens / 2 ? 2 : 1);
+  for (int64_t n = 0; n < p.neurons; n += kDownRows)
+    for (int64_t d = begin; d < end; d += chunk) {
+      const int64_t columns = std::min(chunk, end - d);
+      const int vecs = static_cast<int>(ceil_div(columns, kWidth));
+      const bool is_last = d + chunk >= end;
+      for (const Group& group : sorted.groups) {
+        const List& list = group.neurons;
+        const Rows rows = rows_in_block(list, n, n + kDownRows);
+        if (rows.count() == 0) continue;
+        // Meanwhile these rows' next columns are fetched, or, at the last, the first ones of the next rows.
+        const int32_t* next = list.ids + (is_last ? std::min(rows.end, list.size - rows.count()) : rows.begin);
+        const float* later = p.down + (is_last ? begin : d + chunk);
+        const int64_t num_tiles = ceil_div(group.count, kDownTokens);
+        for (int64_t tile = 0; tile < num_tiles; ++tile) {
+          const int64_t first = group.count * tile / num_tiles;
+          const int tokens = static_cast<int>(group.count * (tile + 1) / num_tiles - first);
+          const float* hidden[kDownTokens];
+          float* y[kDownTokens];
+          for (int j = 0; j < tokens; ++j) {
+            hidden[j] = h + group.hidden + (first + j) * group.token_stride + rows.begin * group.neuron_stride;
+            y[j] = p.out + sorted.order[group.first + first + j] * p.depth + d;
+          }
+          const DownTile run = tile == 0 ? down_tile_of<true>(tokens, vecs) : down_tile_of<false>(tokens, vecs);
+          run(p.down + d, later, p.down_stride, list.ids + rows.begin, next, rows.count(), hidden,
+              group.neuron_stride, y, columns, rows.begin == 0);
+        }
+      }
+    }
+}
+
+}  // namespace tomoe

@@ -1,0 +1,121 @@
+// Phase 1 of tomoe::expert_mlp where an expert has many tokens: one token a lane, so that nothing is summed across
+// lanes, and weights are broadcast from the rows as they lie.
+//
+// The tokens are laid out in columns first: chunks of kLaneVecs vectors, [D, tokens of the chunk], zeros behind the last.
+#pragma once
+#include "problem.h"
+
+namespace tomoe {
+
+constexpr int64_t kLaneChunk = kLaneVecs * kWidth;  // tokens at a time
+
+// V vectors of tokens by R rows of weights over all columns; sums go to ``out`` [R, V * kWidth]. Rows ``next`` are
+// fetched into L2 meanwhile.
+template <int V, int R>
+void lane_tile(const float* const* w, const float* const* next, const float* x, int64_t depth, float* out) {
+  Vec sums[R][V];
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 16
+    for (int v = 0; v < V; ++v) sums[r][v] = zero();
+  for (int64_t k = 0; k < depth; ++k, x += V * kWidth) {
+    if (k % 16 == 0)
+#pragma GCC unroll 16
+      for (int r = 0; r < R; ++r) __builtin_prefetch(next[r] + k, 0, 2);
+    Vec tokens[V];
+#pragma GCC unroll 16
+    for (int v = 0; v < V; ++v) tokens[v] = load(x + v * kWidth);
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) {
+      const Vec weight = held(broadcast(w[r][k]));
+#pragma GCC unroll 16
+      for (int v = 0; v < V; ++v) sums[r][v] = fma(weight, tokens[v], sums[r][v]);
+    }
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 16
+    for (int v = 0; v < V; ++v) store(out + (r * V + v) * kWidth, sums[r][v]);
+}
+
+using LaneTile = void (*)(const float* const*, const float* const*, const float*, int64_t, float*);
+
+template <int V = kLaneVecs, int R = kLaneRows>
+LaneTile lane_tile_of(int64_t vecs, int64_t rows) {
+  if constexpr (V > 1)
+    if (vecs < V) return lane_tile_of<V - 1, R>(vecs, rows);
+  if constexpr (R > 1)
+    if (rows < R) return lane_tile_of<V, R - 1>(vecs, rows);
+  return lane_tile<V, R>;
+}
+
+// h of one neuron for ``count`` tokens.
+template <Activation A>
+void activate_lanes(const Problem& p, int64_t neuron, const float* gate, const float* up, int64_t count, float* h) {
+  const float gate_bias = p.up_bias ? p.up_bias[neuron] : 0.0f;
+  if (p.rows_per_neuron == 1) {
+#pragma omp simd
+    for (int64_t t = 0; t < count; ++t) h[t] = activate<A>(gate[t] + gate_bias);
+    return;
+  }
+  const float up_bias = p.up_bias ? p.up_bias[p.neurons + neuron] : 0.0f;
+#pragma omp simd
+  for (int64_t t = 0; t < count; ++t) h[t] = activate<A>(gate[t] + gate_bias) * (up[t] + up_bias);
+}
+
+inline void activate_lanes(const Problem& p, int64_t neuron, const float* gate, const float* up, int64_t count,
+                           float* h) {
+  switch (p.activation) {
+    case Activation::kSilu: return activate_lanes<Activation::kSilu>(p, neuron, gate, up, count, h);
+    case Activation::kRelu: return activate_lanes<Activation::kRelu>(p, neuron, gate, up, count, h);
+    case Activation::kGelu: return activate_lanes<Activation::kGelu>(p, neuron, gate, up, count, h);
+    case Activation::kGeluTanh: return activate_lanes<Activation::kGeluTanh>(p, neuron, gate, up, count, h);
+  }
+}
+
+// Tokens of the groups in lanes, in columns; ``padded`` has room for sorted.padded_tokens rows of x. Thread ``thread``
+// of ``team`` lays out its share.
+inline void lay_out_lanes(const Problem& p, const Sorted& sorted, float* padded, int64_t thread, int64_t team) {
+  int64_t turn = 0;
+  for (const Group& group : sorted.groups) {
+    if (!group.is_in_lanes()) continue;
+    for (int64_t chunk = 0; chunk < group.neuron_stride; chunk += kLaneChunk) {
+      if (turn++ % team != thread) continue;
+      const int64_t lanes = std::min(kLaneChunk, group.neuron_stride - chunk);
+      const int64_t count = std::min(lanes, group.count - chunk);
+      float* target = padded + (group.hidden / sorted.max_width + chunk) * p.depth;
+      for (int64_t k = 0; k < p.depth; k += 16)
+        for (int64_t t = 0; t < lanes; ++t) {
+          const float* token = t < count ? p.x + sorted.order[group.first + chunk + t] * p.depth : nullptr;
+          for (int64_t j = k; j < std::min(k + 16, p.depth); ++j) target[j * lanes + t] = token ? token[j] : 0.0f;
+        }
+    }
+  }
+}
+
+// h of a group in lanes for some rows of its list; each chunk of tokens stays near while the rows pass by.
+inline void up_in_lanes(const Problem& p, const Sorted& sorted, const Group& group, const Rows& rows,
+                        const float* padded, float* h) {
+  const int per_tile = kLaneRows / p.rows_per_neuron;
+  const int32_t* ids = group.neurons.ids;
+  float sums[kLaneRows * kLaneChunk];
+  for (int64_t chunk = 0; chunk < group.neuron_stride; chunk += kLaneChunk) {
+    const int64_t lanes = std::min(kLaneChunk, group.neuron_stride - chunk);
+    const float* x = padded + (group.hidden / sorted.max_width + chunk) * p.depth;
+    for (int64_t i = rows.begin; i < rows.end; i += per_tile) {
+      const int neurons = static_cast<int>(std::min<int64_t>(per_tile, rows.end - i));
+      const float *w[kLaneRows], *next[kLaneRows];
+      for (int n = 0; n < neurons; ++n)
+        for (int half = 0; half < p.rows_per_neuron; ++half) {
+          w[half * neurons + n] = p.up_row(half, ids[i + n]);
+          next[half * neurons + n] = p.up_row(half, ids[std::min(i + n + per_tile, rows.end - 1)]);
+        }
+      lane_tile_of(lanes / kWidth, neurons * p.rows_per_neuron)(w, next, x, p.depth, sums);
+      for (int n = 0; n < neurons; ++n)
+        activate_lanes(p, ids[i + n], sums + n * lanes, sums + (neurons + n) * lanes, lanes,
+                       h + group.hidden + (i + n) * group.neuron_stride + chunk);
+    }
+  }
+}
+
+}  // namespace tomoe
