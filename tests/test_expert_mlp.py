@@ -112,9 +112,7 @@ def test_experts_without_neurons_give_zero():
 @pytest.mark.parametrize("hidden", [576, 2048])
 def test_rows_may_lie_apart(hidden):
     case = make_case(6, hidden, 96, 8)
-    up, down = (
-        torch.full((len(rows), hidden + 16), torch.nan)[:, :hidden].copy_(rows) for rows in (case[2], case[4])
-    )
+    up, down = (torch.full((len(rows), hidden + 16), torch.nan)[:, :hidden].copy_(rows) for rows in (case[2], case[4]))
     assert torch.equal(run([*case[:2], up, case[3], down, *case[5:]]), run(case))
     assert (row_padding(576), row_padding(2048)) == (0, 16)
 
