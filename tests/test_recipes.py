@@ -1,9 +1,11 @@
 """Every shipped recipe resolves, and its parameter counts are the published and the analytic ones."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
+import yaml
 
 RECIPES = Path(__file__).resolve().parents[1] / "training" / "recipes"
 
@@ -34,6 +36,19 @@ def test_dry_run_counts_what_was_published(name, active_ratio, run_cli, tmp_path
     assert (facts["dense_parameters"], facts["kept_parameters"]) == PUBLISHED[name]
     assert facts["active_block_parameters_at_most"] == int(active_ratio * facts["total_block_parameters"])
     assert facts["config"]["active_ratio"] == active_ratio
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_recipe_says_what_it_takes_and_what_to_expect(name):
+    notes = yaml.safe_load((RECIPES / f"{name}.yaml").read_text())["notes"]
+    assert re.fullmatch(r"\d+ x A100 80 GB.*", notes["hardware"])
+    assert re.fullmatch(r"\d+, estimated: .+", notes["gpu_hours"])
+    assert any(key.startswith("paper") for key in notes)
+    # The sum of memory: weights in bfloat16, what is trained, activations.
+    total, parts = notes["memory_gb"].split(" = ")
+    terms = [float(part.split()[0]) for part in parts.split(" + ")]
+    assert sum(terms) == pytest.approx(float(total), abs=1)
+    assert terms[0] == pytest.approx(2e-9 * PUBLISHED[name][0], rel=0.03)
 
 
 def test_dry_run_without_a_model_or_an_architecture_says_so(run_cli, tmp_path):

@@ -1,0 +1,87 @@
+"""What the trainer refuses, in one clear line, and that nothing is lost by it."""
+
+import pytest
+
+from tests.helpers.dense_models import save_dense_model
+from tests.helpers.runs import interrupt
+from training.checkpoint import ADAPTER_CONFIG, ADAPTER_TENSORS
+from training.trainer import train
+
+
+@pytest.mark.parametrize("size", [0, 5, 1000, -100])
+def test_truncated_training_checkpoint_is_one_clear_error(size, config, tmp_path):
+    interrupt(config(), tmp_path / "out")
+    file = tmp_path / "out" / "run" / "checkpoint.pt"
+    file.write_bytes(file.read_bytes()[:size])
+    with pytest.raises(ValueError, match=r"checkpoint\.pt is damaged; remove it to start this run again"):
+        train(config(), tmp_path / "out")
+    assert file.is_file()  # nothing is lost
+
+
+def test_output_of_another_run_is_refused_and_kept(config, tmp_path):
+    train(config(steps=2), tmp_path / "out")
+    before = (tmp_path / "out" / ADAPTER_TENSORS).read_bytes()
+    with pytest.raises(ValueError, match=r"belongs to another run \(seed: 0 there, 1 here\); choose another --out"):
+        train(config(steps=2, seed=1), tmp_path / "out")
+    assert (tmp_path / "out" / ADAPTER_TENSORS).read_bytes() == before
+
+
+def test_folder_of_something_else_is_refused(config, tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match="exists and is not a training run; choose another --out"):
+        train(config(), tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["notes.txt"]
+
+
+@pytest.mark.parametrize("cause", ["learning_rate", "weight"])
+def test_loss_that_is_not_finite_stops_with_the_step_and_the_terms(cause, config, tmp_path):
+    fields = {"learning_rate": 1e30} if cause == "learning_rate" else {}
+    if cause == "weight":
+        folder = tmp_path / "base"
+        model = save_dense_model(folder, "llama")
+        model.lm_head.weight.data[5, 5] = float("inf")
+        model.save_pretrained(folder)
+        fields = {"base": str(folder), "warm_start_tokens": 0}
+    with pytest.raises(FloatingPointError, match=r"not finite at step \d+: loss (nan|inf), task (nan|inf), .*r_u"):
+        train(config(**fields), tmp_path / "out")
+    assert not (tmp_path / "out" / ADAPTER_CONFIG).exists()
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"data": []}, "no training data"),
+        ({"data": ["/nowhere.txt"]}, "no such data file: /nowhere.txt"),
+        ({"base": "/nowhere"}, "/nowhere is not a model folder"),
+        ({"sequence_length": 100_000}, "shorter than one block of 100000 tokens"),
+        ({"micro_batch_size": 3, "batch_size": 4}, "micro_batch_size 3 does not divide the 4 sequences"),
+        ({"init_adapter": "/nowhere"}, "/nowhere is not an adapter"),
+    ],
+)
+def test_bad_input_is_one_clear_error(fields, message, config, tmp_path):
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        train(config(**fields), tmp_path / "out")
+
+
+def test_refused_run_can_be_corrected_in_the_same_folder(config, tmp_path):
+    with pytest.raises(FileNotFoundError):
+        train(config(data=["/nowhere.txt"]), tmp_path / "out")
+    train(config(steps=1), tmp_path / "out")
+
+
+@pytest.mark.parametrize(("name", "value"), [("num_experts", 5), ("vo_mode", "static"), ("value_router_dim", 8)])
+def test_adapter_of_another_shape_cannot_be_the_start(name, value, config, adapter_folder, tmp_path):
+    with pytest.raises(ValueError, match=f"has {name} .*, this run {value!r}; set {name} to match"):
+        train(config(init_adapter=str(adapter_folder()), **{name: value}), tmp_path / "out")
+
+
+def test_adapter_of_another_base_cannot_be_the_start(config, adapter_folder, dense_folder, tmp_path):
+    other = str(dense_folder("llama", seed=4))
+    with pytest.raises(ValueError, match="the adapter was trained on llama"):
+        train(config(base=other, init_adapter=str(adapter_folder())), tmp_path / "out")
+
+
+def test_tokenizer_of_another_model_is_an_error(config, tmp_path):
+    save_dense_model(tmp_path / "base", "llama", vocab_size=50)
+    with pytest.raises(ValueError, match="has 93 tokens, the model 50: they do not belong together"):
+        train(config(base=str(tmp_path / "base")), tmp_path / "out")
