@@ -19,6 +19,8 @@ from pydantic import Field, PositiveFloat, PositiveInt, ValidationError, field_v
 from pydantic_settings import BaseSettings, CliPositionalArg, CliSettingsSource, NoDecode, SettingsConfigDict
 from pydantic_settings.exceptions import SettingsError
 
+from serving.tls import require_certificate
+
 PREFIX = "TOMOE_"
 OTHER_VARIABLES = {"TOMOE_CACHE_ROOT", "TOMOE_TUNED_CONFIG_FOLDER", "TOMOE_TRACEBACK", "TOMOE_CONFIG"}
 """``TOMOE_*`` that are not settings of the server."""
@@ -125,9 +127,8 @@ class ServerSettings(BaseSettings):
     def _check_tls(self) -> "ServerSettings":
         if (self.tls_cert is None) != (self.tls_key is None):
             raise ValueError("TLS needs both --tls-cert and --tls-key")
-        for file in (self.tls_cert, self.tls_key):
-            if file is not None and not file.is_file():
-                raise ValueError(f"{file} is not a file")
+        if self.tls_cert is not None and self.tls_key is not None:
+            require_certificate(self.tls_cert, self.tls_key)
         return self
 
 

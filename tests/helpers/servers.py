@@ -4,6 +4,7 @@ import contextlib
 import json
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import threading
@@ -36,17 +37,21 @@ def save_served_model(folder: Path) -> Path:
 class RunningServer:
     """A server process, its address and its log."""
 
-    def __init__(self, process: subprocess.Popen, port: int, log: Path, key: str | None) -> None:
+    def __init__(
+        self, process: subprocess.Popen, port: int, log: Path, key: str | None, trust: ssl.SSLContext | None = None
+    ) -> None:
         self.process = process
         self.port = port
-        self.url = f"http://127.0.0.1:{port}"
+        self.url = f"{'https' if trust else 'http'}://127.0.0.1:{port}"
+        self.verify = trust or True
         self.log = log
         self.key = key
         self.headers = {"Authorization": f"Bearer {key}"} if key else {}
 
     def client(self, **options) -> httpx.Client:
-        """A client with the key and a patient timeout."""
-        return httpx.Client(base_url=self.url, headers=self.headers, **({"timeout": 120} | options))
+        """A client with the key and a patient timeout; over TLS it trusts what the test trusts."""
+        options = {"timeout": 120, "verify": self.verify} | options
+        return httpx.Client(base_url=self.url, headers=self.headers, **options)
 
     def budget(self) -> dict:
         """``GET /v1/tomoe/budget``."""
@@ -82,9 +87,19 @@ def free_port() -> int:
 
 @contextlib.contextmanager
 def run_server(
-    checkpoint: Path, log: Path, *flags: str, engine: tuple[str, ...] = (), key: str | None = None, **variables: str
+    checkpoint: Path,
+    log: Path,
+    *flags: str,
+    engine: tuple[str, ...] = (),
+    key: str | None = None,
+    trust: ssl.SSLContext | None = None,
+    **variables: str,
 ) -> Iterator[RunningServer]:
-    """``tomoe serve`` until the block ends. Fails with the end of its log if it does not become ready."""
+    """``tomoe serve`` until the block ends. Fails with the end of its log if it does not become ready.
+
+    Args:
+        trust: what its clients trust, where ``flags`` give it a certificate.
+    """
     port = free_port()
     command = [sys.executable, "-m", "tomoe_vllm.cli", "serve", str(checkpoint), "--port", str(port), *flags]
     command += ["--", "--max-model-len", "256", "--max-num-seqs", "16", *engine]
@@ -95,7 +110,7 @@ def run_server(
         process = subprocess.Popen(
             command, stdout=out, stderr=subprocess.STDOUT, env=environment(**settings), cwd=REPOSITORY
         )
-    server = RunningServer(process, port, log, key)
+    server = RunningServer(process, port, log, key, trust)
     children: list[psutil.Process] = []
     try:
         wait_until_ready(server)
@@ -118,7 +133,7 @@ def wait_until_ready(server: RunningServer) -> None:
         if server.process.poll() is not None:
             raise AssertionError(f"the server ended: {server.log.read_text()[-3000:]}")
         with contextlib.suppress(httpx.TransportError):
-            if httpx.get(f"{server.url}/ready", timeout=5).status_code == 200:
+            if httpx.get(f"{server.url}/ready", timeout=5, verify=server.verify).status_code == 200:
                 return
         time.sleep(0.5)
     raise AssertionError(f"the server was not ready: {server.log.read_text()[-3000:]}")
