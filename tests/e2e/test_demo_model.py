@@ -1,18 +1,15 @@
 """The real model through the real commands: SmolLM2-135M, the shipped adapter, export, both backends."""
 
-import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from tests.helpers.demo_model import ADAPTER, save_demo_base, save_demo_checkpoint, tomoe
+from tests.helpers.processes import REPOSITORY
 from tests.parity.conftest import logprob_differences, reference_completion, start_engine
 
-ROOT = Path(__file__).resolve().parents[2]
-ADAPTER = ROOT / "adapters" / "smollm2-135m-p70"
 NUM_TOKENS = 48
 LOGPROB_LIMIT = 1e-3
 
@@ -38,27 +35,14 @@ PROMPTS = [
 ]
 
 
-def tomoe(*arguments: object) -> dict:
-    """Run a command as a user does; its last line on standard output."""
-    command = [Path(sys.executable).parent / "tomoe", *map(str, arguments)]
-    result = subprocess.run(command, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    return json.loads(result.stdout.splitlines()[-1])
-
-
 @pytest.fixture(scope="module")
 def base(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("base") / "smollm2"
-    assert tomoe("demo-model", "--out", folder)["parameters"] == 134_515_008
-    return folder
+    return save_demo_base(tmp_path_factory.mktemp("base") / "smollm2")
 
 
 @pytest.fixture(scope="module")
 def checkpoint(base, tmp_path_factory) -> Path:
-    """The shipped adapter exported at the budget it was trained for."""
-    folder = tmp_path_factory.mktemp("checkpoint") / "smollm2-tomoe"
-    tomoe("export", "--base", base, "--adapter", ADAPTER, "--out", folder)
-    return folder
+    return save_demo_checkpoint(tmp_path_factory.mktemp("checkpoint") / "smollm2-tomoe", base)
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +96,7 @@ def test_three_ranks_give_the_tokens_of_one(checkpoint, prompts, completions):
 
 def test_perplexity_is_the_same_on_both_backends(checkpoint, tmp_path):
     text = tmp_path / "text.txt"
-    text.write_text((ROOT / "docs" / "method.md").read_text())
+    text.write_text((REPOSITORY / "docs" / "method.md").read_text())
     options = ("--model", checkpoint, "--text", text, "--block-size", 256, "--max-blocks", 4)
     hf, vllm = (tomoe("eval", "ppl", *options, "--backend", backend)["ppl"] for backend in ("hf", "vllm"))
     assert hf == pytest.approx(vllm, rel=1e-3)
