@@ -4,6 +4,7 @@ import asyncio
 from typing import Literal
 
 import pytest
+from openai import OpenAI
 from pydantic import BaseModel
 
 from tests.serving.conftest import KEY, Live
@@ -54,9 +55,12 @@ def test_batch_gives_each_prompt_its_own_answer(live):
     assert together == [model.invoke(prompt).content for prompt in live.prompts[:4]]
 
 
-def test_responses_api_is_spoken_too(live):
-    chat, responses = (_connect(live, max_tokens=4, use_responses_api=on).invoke(live.prompt) for on in (False, True))
-    assert responses.text == chat.text != ""
+def test_responses_api_gives_the_answer_of_the_openai_sdk(live):
+    answer = _connect(live, max_tokens=4, use_responses_api=True).invoke(live.prompt)
+    with OpenAI(base_url=live.base_url, api_key=KEY, timeout=600) as client:
+        reply = client.responses.create(model=live.model, input=live.prompt, max_output_tokens=4, temperature=0)
+    assert answer.text == reply.output_text != ""
+    assert answer.usage_metadata["input_tokens"] == reply.usage.input_tokens
 
 
 @pytest.mark.slow
