@@ -6,7 +6,7 @@
 // arithmetic is, the tokens of one expert stay near while its rows pass by.
 //
 // A token's output does not depend, not even in its last bit, on what else is in the batch, as long as its expert has
-// fewer than kLaneTokens tokens there; with more, sums over the columns have another order.
+// fewer than kLaneTokens tokens there: in lanes, sums over the columns have another order.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -49,17 +49,14 @@ float* scratch(int which, size_t count) {
 }
 
 // Many tokens: one expert after the other, a part of its rows at a time.
-void up_by_expert(const Problem& p, const Sorted& sorted, const float* padded, float* h, float* local, int64_t block,
+void up_by_expert(const Problem& p, const Sorted& sorted, const float* columns, float* h, float* local, int64_t block,
                   std::atomic<int64_t>& claimed) {
   const int64_t part = ceil_div(p.neurons, kParts);
   for (int64_t b = claimed++; b < kParts; b = claimed++)
     for (const Group& group : sorted.groups) {
       const Rows rows = rows_in_block(group.neurons, b * part, (b + 1) * part);
-      if (group.is_in_lanes()) {
-        up_in_lanes(p, sorted, group, rows, padded, h);
-        continue;
-      }
-      for (int64_t i = rows.begin; i < rows.end; i += block) {
+      if (group.is_in_lanes) up_in_lanes(p, group, rows, columns, h);
+      else for (int64_t i = rows.begin; i < rows.end; i += block) {
         const Rows now{i, std::min(i + block, rows.end)}, later{now.end, std::min(now.end + block, rows.end)};
         Ahead ahead(p, group.neurons, later, num_tiles(p, group, now.count()));
         up_chunks(p, sorted, group, now, h, local, ahead);
@@ -75,8 +72,8 @@ void run_pass(const Problem& p, const int64_t* expert_ids, int64_t first, int64_
       for (int64_t t = group.first; t < group.first + group.count; ++t)
         std::fill_n(p.out + sorted.order[t] * p.depth, p.depth, 0.0f);
   const bool has_lanes = sorted.most_tokens >= kLaneTokens;
-  float* h = scratch(0, sorted.padded_tokens * sorted.max_width);
-  float* padded = has_lanes ? scratch(2, sorted.padded_tokens * p.depth) : nullptr;
+  float* h = scratch(0, count * sorted.max_width);
+  float* columns = has_lanes ? scratch(2, count * p.depth) : nullptr;
   const int64_t row_bytes = p.depth * p.rows_per_neuron * static_cast<int64_t>(sizeof(float));
   const int64_t block = std::clamp<int64_t>(std::min(kBlockBytes / row_bytes, p.neurons / 16), 12, 128);
   std::atomic<int64_t> claimed{0};
@@ -86,10 +83,10 @@ void run_pass(const Problem& p, const int64_t* expert_ids, int64_t first, int64_
     const int64_t thread = omp_get_thread_num(), team = omp_get_num_threads();
     float* local = scratch(1, kTokenChunk * block * p.rows_per_neuron);
     if (has_lanes) {
-      lay_out_lanes(p, sorted, padded, thread, team);
+      lay_out_lanes(p, sorted, columns, thread, team);
 #pragma omp barrier
     }
-    if (sorted.most_tokens >= kManyTokens) up_by_expert(p, sorted, padded, h, local, block, claimed);
+    if (sorted.most_tokens >= kManyTokens) up_by_expert(p, sorted, columns, h, local, block, claimed);
     else up_in_turn(p, sorted, h, local, block, claimed);
 #pragma omp barrier
     const int64_t begin = num_vecs * thread / team * kWidth;

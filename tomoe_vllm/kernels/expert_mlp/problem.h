@@ -10,7 +10,7 @@ namespace tomoe {
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-constexpr int64_t kLaneTokens = 64;  // tokens of an expert from which they lie in lanes (up_in_lanes.h)
+constexpr int64_t kLaneTokens = 64;  // tokens of an expert from which whole vectors of them lie in lanes (up_in_lanes.h)
 
 struct Problem {
   const float* x;         // [T, D]
@@ -33,13 +33,12 @@ struct List {  // of neurons, sorted
   int64_t size;
 };
 
-struct Group {  // the tokens of one expert
+struct Group {  // tokens of one expert
   int64_t first, count;  // of the sorted tokens
   List neurons;
-  // Its activations begin at ``hidden``: [count, width of the widest expert], or, of tokens in lanes, [width, padded].
+  bool is_in_lanes;
+  // Its activations begin at ``hidden``: [count, width of the widest expert], or, of tokens in lanes, [width, count].
   int64_t hidden, token_stride, neuron_stride;
-
-  bool is_in_lanes() const { return count >= kLaneTokens; }
 };
 
 struct Sorted {
@@ -47,8 +46,7 @@ struct Sorted {
   std::vector<Group> groups;
   std::vector<int32_t> in_union;
   List touched;  // the neurons that any token needs
-  int64_t max_width = 0, most_tokens = 0;
-  int64_t padded_tokens = 0;  // with those that fill up lanes
+  int64_t max_width = 0, most_tokens = 0;  // of an expert
 };
 
 struct Rows {  // entries [begin, end) of a list
@@ -75,17 +73,17 @@ inline Sorted sort_tokens(const Problem& p, const int64_t* expert_ids, int64_t f
   for (int64_t t = 0; t < count; ++t) sorted.order[next[expert_ids[first + t]]++] = first + t;
   for (int64_t e = 0; e < p.experts; ++e) {
     if (starts[e + 1] == starts[e]) continue;
-    const int64_t size = starts[e + 1] - starts[e];
-    sorted.groups.push_back({starts[e], size, {p.ids + e * p.max_width, p.widths[e]}});
-    sorted.max_width = std::max<int64_t>(sorted.max_width, p.widths[e]);
+    const List neurons{p.ids + e * p.max_width, p.widths[e]};
+    const int64_t size = starts[e + 1] - starts[e], in_lanes = size >= kLaneTokens ? size / kWidth * kWidth : 0;
+    if (in_lanes > 0) sorted.groups.push_back({starts[e], in_lanes, neurons, true});
+    if (size > in_lanes) sorted.groups.push_back({starts[e] + in_lanes, size - in_lanes, neurons, false});
+    sorted.max_width = std::max(sorted.max_width, neurons.size);
     sorted.most_tokens = std::max(sorted.most_tokens, size);
   }
   for (Group& group : sorted.groups) {
-    const int64_t padded = group.is_in_lanes() ? ceil_div(group.count, kWidth) * kWidth : group.count;
-    group.hidden = sorted.padded_tokens * sorted.max_width;
-    group.token_stride = group.is_in_lanes() ? 1 : sorted.max_width;
-    group.neuron_stride = group.is_in_lanes() ? padded : 1;
-    sorted.padded_tokens += padded;
+    group.hidden = group.first * sorted.max_width;
+    group.token_stride = group.is_in_lanes ? 1 : sorted.max_width;
+    group.neuron_stride = group.is_in_lanes ? group.count : 1;
   }
   sorted.touched = sorted.groups.front().neurons;
   if (sorted.groups.size() > 1) {

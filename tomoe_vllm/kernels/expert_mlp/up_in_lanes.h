@@ -1,7 +1,7 @@
 // Phase 1 of tomoe::expert_mlp where an expert has many tokens: one token a lane, so that nothing is summed across
 // lanes, and weights are broadcast from the rows as they lie.
 //
-// The tokens are laid out in columns first: chunks of kLaneVecs vectors, [D, tokens of the chunk], zeros behind the last.
+// The tokens are laid out in columns first: chunks of up to kLaneVecs vectors, [D, tokens of the chunk].
 #pragma once
 #include "problem.h"
 
@@ -73,35 +73,31 @@ inline void activate_lanes(const Problem& p, int64_t neuron, const float* gate, 
   }
 }
 
-// Tokens of the groups in lanes, in columns; ``padded`` has room for sorted.padded_tokens rows of x. Thread ``thread``
-// of ``team`` lays out its share.
-inline void lay_out_lanes(const Problem& p, const Sorted& sorted, float* padded, int64_t thread, int64_t team) {
+// Tokens of the groups in lanes, in columns, at their places in ``columns`` (room for all of x). Thread ``thread`` of
+// ``team`` lays out its share.
+inline void lay_out_lanes(const Problem& p, const Sorted& sorted, float* columns, int64_t thread, int64_t team) {
   int64_t turn = 0;
-  for (const Group& group : sorted.groups) {
-    if (!group.is_in_lanes()) continue;
-    for (int64_t chunk = 0; chunk < group.neuron_stride; chunk += kLaneChunk) {
+  for (const Group& group : sorted.groups)
+    for (int64_t chunk = 0; group.is_in_lanes && chunk < group.count; chunk += kLaneChunk) {
       if (turn++ % team != thread) continue;
-      const int64_t lanes = std::min(kLaneChunk, group.neuron_stride - chunk);
-      const int64_t count = std::min(lanes, group.count - chunk);
-      float* target = padded + (group.hidden / sorted.max_width + chunk) * p.depth;
+      const int64_t lanes = std::min(kLaneChunk, group.count - chunk);
+      float* target = columns + (group.first + chunk) * p.depth;
       for (int64_t k = 0; k < p.depth; k += 16)
         for (int64_t t = 0; t < lanes; ++t) {
-          const float* token = t < count ? p.x + sorted.order[group.first + chunk + t] * p.depth : nullptr;
-          for (int64_t j = k; j < std::min(k + 16, p.depth); ++j) target[j * lanes + t] = token ? token[j] : 0.0f;
+          const float* token = p.x + sorted.order[group.first + chunk + t] * p.depth;
+          for (int64_t j = k; j < std::min(k + 16, p.depth); ++j) target[j * lanes + t] = token[j];
         }
     }
-  }
 }
 
 // h of a group in lanes for some rows of its list; each chunk of tokens stays near while the rows pass by.
-inline void up_in_lanes(const Problem& p, const Sorted& sorted, const Group& group, const Rows& rows,
-                        const float* padded, float* h) {
+inline void up_in_lanes(const Problem& p, const Group& group, const Rows& rows, const float* columns, float* h) {
   const int per_tile = kLaneRows / p.rows_per_neuron;
   const int32_t* ids = group.neurons.ids;
   float sums[kLaneRows * kLaneChunk];
-  for (int64_t chunk = 0; chunk < group.neuron_stride; chunk += kLaneChunk) {
-    const int64_t lanes = std::min(kLaneChunk, group.neuron_stride - chunk);
-    const float* x = padded + (group.hidden / sorted.max_width + chunk) * p.depth;
+  for (int64_t chunk = 0; chunk < group.count; chunk += kLaneChunk) {
+    const int64_t lanes = std::min(kLaneChunk, group.count - chunk);
+    const float* x = columns + (group.first + chunk) * p.depth;
     for (int64_t i = rows.begin; i < rows.end; i += per_tile) {
       const int neurons = static_cast<int>(std::min<int64_t>(per_tile, rows.end - i));
       const float *w[kLaneRows], *next[kLaneRows];
