@@ -2,7 +2,7 @@
 
 ``<device name>.json`` in the folder ``TOMOE_TUNED_CONFIG_FOLDER`` names, or else in the kernels' cache, where `tomoe
 tune` writes; or in ``configs/`` beside this file. ``configs/default.json``, for a device that was not measured, takes
-the masked way for every number of tokens. On CPUs one way serves any number of tokens: there is nothing to choose.
+the masked way for every number of tokens. The CPU version goes by the tokens of each expert, alike on every machine.
 """
 
 import json
