@@ -4,7 +4,7 @@ A request enters (:meth:`Admission.enter`) before its body is handled and is ref
 is full. Each of its sequences then takes a seat (:meth:`Admission.seat`) when the engine is about to run it, first
 come first served, and gives it back at its end. Without ``slo_ms`` the seats are all there is.
 
-With it two more things are kept:
+With it three more things are kept:
 
 - *Stall.* While n sequences decode in D(n) ms a step, each may be promised ``slo_ms`` per token as long as others'
   prefill takes at most the share 1 - D(n)/slo_ms of the time: T ms hold (T - stall)/D(n) steps, and
@@ -12,6 +12,8 @@ With it two more things are kept:
   prompt's prefill spends; a prompt waits until its own is earned, or, if it is a long one, leaves a debt.
 - *KV cache.* A sequence is seated only if its prompt and its token limit fit beside all others', so that none is
   preempted and computed again. Its mean context adds to D(n).
+- *Slowdown.* Where tokens take longer than measured (the clients run on the same cores, another process came), all
+  measured times are multiplied by the median of real over modelled step time, learned from every token.
 
 Nothing here knows vLLM. All calls are made on one event loop.
 """
@@ -29,6 +31,12 @@ from serving.step_time import StepTimes
 
 STALL_CAP = 4.0
 """Most stall that time earns, in steps of ``slo_ms``: how much prefill may come in one burst."""
+
+FIRST_SLOWDOWN, SLOWDOWN_STEP = 1.5, 0.01
+"""Slowdown before any token has come (real clients cost more than measured ones), and how far a token moves it."""
+
+TARGET_SHARE = 0.9
+"""Share of ``slo_ms`` that seating aims at: what is promised must hold for nearly all."""
 
 FIRST_GUESS_TOKENS = 128
 """Output tokens of a request before any has finished."""
@@ -99,7 +107,8 @@ class Admission:
         times: measured step times; ``None`` makes Retry-After a guess and allows no ``slo_ms``.
         slo_ms: time per output token to keep.
         kv_capacity: tokens that the KV cache holds.
-        max_step_tokens: tokens in one step.
+        slowdown: real over measured time of a step without prefill, at least 1.
+        context: mean context of all seats, in tokens.
     """
 
     max_sequences: int
@@ -115,6 +124,8 @@ class Admission:
     seats: set[Seat] = field(default_factory=set)
     mean_output_tokens: float = FIRST_GUESS_TOKENS
     observed_tpot_ms: float | None = None
+    slowdown: float = FIRST_SLOWDOWN
+    context: float = 0.0
     _waiting: deque[tuple[Seat, asyncio.Future[None]]] = field(default_factory=deque)
     _stall_ms: float = 0.0
     _stall_at: float = 0.0
@@ -151,6 +162,14 @@ class Admission:
             yield seat
         finally:
             self._leave(seat)
+
+    def produced(self, seat: Seat, tokens: int, now: float) -> None:
+        """Count a seat's new output tokens, of all its sequences, that came at ``now`` (the clock's seconds)."""
+        if self.times is not None and seat.tokens and tokens > 0:
+            step_ms = 1000 * (now - seat.last_arrival) * seat.sequences / tokens
+            is_slower = step_ms > self._decode_ms()
+            self.slowdown = max(1.0, self.slowdown * (1 + SLOWDOWN_STEP if is_slower else 1 - SLOWDOWN_STEP))
+        seat.produced(tokens, now)
 
     def close(self) -> None:
         """Seat nobody any more; who waits is told so."""
@@ -204,6 +223,7 @@ class Admission:
             self._stall_ms -= self._prefill_ms(seat)
         self.seats.add(seat)
         self.running += seat.sequences
+        self.context += seat.mean_context
         if seat.place is not None:
             seated = min(seat.place.unseated, seat.sequences)
             seat.place.unseated -= seated
@@ -213,6 +233,7 @@ class Admission:
         self._earn()
         self.seats.discard(seat)
         self.running -= seat.sequences
+        self.context -= seat.mean_context
         if seat.tokens:
             self.mean_output_tokens += 0.1 * (seat.tokens / seat.sequences - self.mean_output_tokens)
         if (tpot := seat.tpot_ms) is not None:
@@ -250,27 +271,31 @@ class Admission:
         if self.kv_reserved + seat.kv_tokens > self.kv_capacity:
             return False
         self._earn()
-        return self._decode_ms([*self.seats, seat]) <= self.slo_ms and self._stall_ms >= self._needed_ms(seat)
+        return self._decode_ms(seat) <= self._target_ms and self._stall_ms >= self._needed_ms(seat)
 
-    def _decode_ms(self, seats: list[Seat]) -> float:
+    def _decode_ms(self, newcomer: Seat | None = None) -> float:
         assert self.times is not None
-        return self.times.decode_ms(sum(s.sequences for s in seats), sum(s.mean_context for s in seats))
+        sequences, context = (newcomer.sequences, newcomer.mean_context) if newcomer else (0, 0.0)
+        return self.slowdown * self.times.decode_ms(self.running + sequences, self.context + context)
 
     def _prefill_ms(self, seat: Seat) -> float:
         assert self.times is not None
-        return self.times.prefill_ms(seat.prompt_tokens)
+        return self.slowdown * self.times.prefill_ms(seat.prompt_tokens)
+
+    @property
+    def _target_ms(self) -> float:
+        return TARGET_SHARE * (self.slo_ms or 0.0)
 
     @property
     def _stall_cap_ms(self) -> float:
-        return STALL_CAP * (self.slo_ms or 0.0)
+        return STALL_CAP * self._target_ms
 
     def _needed_ms(self, seat: Seat) -> float:
         return min(self._prefill_ms(seat), self._stall_cap_ms)
 
     def _rate(self) -> float:
         """Stall earned per millisecond now."""
-        assert self.slo_ms is not None
-        return max(0.0, 1 - self._decode_ms(list(self.seats)) / self.slo_ms) if self.seats else 1.0
+        return max(0.0, 1 - self._decode_ms() / self._target_ms) if self.seats else 1.0
 
     def _earn(self) -> None:
         now = self.clock()

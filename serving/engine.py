@@ -78,7 +78,8 @@ class AdmittingLLM(AsyncLLM):
                 async with contextlib.aclosing(outputs):
                     async for output in outputs:
                         tokens = sum(len(each.token_ids) for each in output.outputs)
-                        seat.produced(tokens if is_delta else tokens - seat.tokens, time.monotonic())
+                        new = tokens if is_delta else tokens - seat.tokens
+                        self.admission.produced(seat, new, time.monotonic())
                         yield output
         except AdmissionClosedError as error:
             raise GracefulHTTPError(str(error), HTTPStatus.SERVICE_UNAVAILABLE) from error

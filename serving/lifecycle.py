@@ -15,6 +15,8 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import uvloop
+
 from serving import engine
 from serving.admission import Admission
 from serving.app import add_routes, wrap
@@ -43,7 +45,7 @@ def run_server(settings: ServerSettings, facts: dict[str, Any]) -> int:
     configure_logging(settings.log_format, settings.log_level)
     signal.signal(signal.SIGTERM, _interrupt)  # while loading: the event loop is busy then
     with bind(settings.host, settings.port) as sock:
-        return asyncio.run(_serve(settings, facts, sock))
+        return uvloop.run(_serve(settings, facts, sock))  # as vllm serve does
 
 
 def _interrupt(*_: object) -> None:

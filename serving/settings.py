@@ -65,8 +65,8 @@ class ServerSettings(BaseSettings):
     """Time a client has to send a request's headers."""
     body_timeout: PositiveFloat = 30.0
     """Time a client has to send a request's body."""
-    keep_alive_timeout: PositiveInt = 5
-    """Time an idle connection stays open."""
+    keep_alive_timeout: PositiveInt = 75
+    """Time an idle connection stays open: longer than clients and balancers keep it, who would meet a closed one."""
     drain_timeout: float = Field(default=30.0, ge=0)
     """Time that running requests have after SIGTERM before they are cut."""
     queue_size: int = Field(default=256, ge=0)

@@ -196,13 +196,14 @@ class Machine:
     Clients come back at once when they are done, so the load never ends.
     """
 
-    def __init__(self, slo_ms, *, clients, prompt_tokens, max_tokens, noise=0.0):
+    def __init__(self, slo_ms, *, clients, prompt_tokens, max_tokens, noise=0.0, slowness=1.0):
         self.now = 0.0
         self.admission = Admission(
             max_sequences=16, queue_size=10_000, times=TIMES, slo_ms=slo_ms, clock=lambda: self.now
         )
         self.random = random.Random(0)
         self.prompt_tokens, self.max_tokens, self.noise = prompt_tokens, max_tokens, noise
+        self.slowness = slowness
         self.clients, self.tpots, self.prefills, self.running = clients, [], [], {}
 
     async def client(self):
@@ -232,14 +233,16 @@ class Machine:
             seat, prompt, tokens, done = self.prefills.pop(0)
             ms += TIMES.prefill_ms(prompt)
             started = [(seat, tokens, done)]
-        self.now += ms / 1000
+        self.now += self.slowness * ms / 1000
         for seat, (start, left, total, done) in list(self.running.items()):
+            self.admission.produced(seat, 1, self.now)
             if left == 1:
                 del self.running[seat]
                 done.set_result(1000 * (self.now - start) / (total - 1))
             else:
                 self.running[seat] = (start, left - 1, total, done)
         for seat, tokens, done in started:
+            self.admission.produced(seat, 1, self.now)
             self.running[seat] = (self.now, tokens - 1, tokens, done)
 
 
@@ -259,6 +262,16 @@ def test_time_per_token_stays_within_the_slo_under_endless_load(prompt_tokens, m
     slo = TIMES.decode_ms(8)
     machine = Machine(slo, clients=64, prompt_tokens=prompt_tokens, max_tokens=max_tokens)
     tpots = asyncio.run(machine.run(400))
+    assert _p95(tpots) <= 1.15 * slo
+    assert statistics.median(tpots) >= 0.5 * slo, "the seats were not used"
+
+
+@pytest.mark.parametrize("slowness", [1.2, 1.5])
+@pytest.mark.parametrize("prompt_tokens", [[10], [100]])
+def test_a_machine_slower_than_measured_is_noticed(slowness, prompt_tokens):
+    slo = slowness * TIMES.decode_ms(8)
+    fields = {"clients": 64, "prompt_tokens": prompt_tokens, "max_tokens": [64], "slowness": slowness}
+    tpots = asyncio.run(Machine(slo, **fields).run(600))
     assert _p95(tpots) <= 1.15 * slo
     assert statistics.median(tpots) >= 0.5 * slo, "the seats were not used"
 
