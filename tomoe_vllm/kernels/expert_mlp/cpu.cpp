@@ -30,7 +30,6 @@ using torch::stable::Tensor;
 
 constexpr int64_t kPassTokens = 1024;     // tokens per pass over the weights: bounds the scratch memory
 constexpr int64_t kBlockBytes = 1 << 18;  // weights of a block of phase 1: it and the next are half of a 1 MB L2
-constexpr int64_t kManyTokens = 16;       // tokens of an expert from which it takes its rows alone
 constexpr int64_t kParts = 8;             // of the neurons, that threads claim where tokens are many
 
 struct Free {

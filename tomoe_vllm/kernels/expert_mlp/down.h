@@ -6,8 +6,13 @@
 
 namespace tomoe {
 
-constexpr int64_t kStreamedBytes = 1 << 18;  // of the rows that experts take turns at, and as many are fetched: L2
-constexpr int64_t kDownRows = 512;           // neurons of a block: 128 KB of 64 columns stay in L2
+constexpr int64_t kTurnBytes = 1 << 18;  // of the rows that experts take turns at, and as many are fetched: L2
+constexpr int64_t kDownRows = 512;       // neurons of a block of many tokens: 128 KB of 64 columns stay in L2
+
+// Neurons of a block that experts take turns at.
+inline int64_t block_rows(int64_t columns) {
+  return std::clamp<int64_t>(kTurnBytes / (columns * static_cast<int64_t>(sizeof(float))), 16, 128);
+}
 
 // One expert's tokens, T by R rows: the outputs pass through registers once for R neurons. Rows ``next`` are fetched.
 template <int T, int R>
@@ -65,8 +70,7 @@ StreamTile stream_tile_of(int64_t tokens, int64_t rows) {
 // Columns [begin, end) of all outputs for up to kStreamedTokens: memory is the limit, and whole
 // rows are what it gives fastest. Experts take turns at blocks of neurons; each fetches its rows of the next.
 inline void down_streamed(const Problem& p, const Sorted& sorted, const float* h, int64_t begin, int64_t end) {
-  const int64_t columns = end - begin;
-  const int64_t block = std::clamp<int64_t>(kStreamedBytes / (columns * sizeof(float)), 16, 128);
+  const int64_t columns = end - begin, block = block_rows(columns);
   for (int64_t n = 0; n < p.neurons; n += block)
     for (const Group& group : sorted.groups) {
       const List& list = group.neurons;
@@ -145,21 +149,24 @@ DownTile down_tile_of(int tokens, int vecs) {
   return down_tile<T, V, kPrefetch>;
 }
 
-// Columns [begin, end) of all outputs: a few columns of a block's rows stay near while all tokens pass by.
+// Columns [begin, end) of all outputs: a few columns of a block's rows stay near while all tokens pass by. Of few tokens
+// a block is small, and the next block is fetched meanwhile; of many it is large, so that outputs are read and written
+// seldom, and its next columns are fetched.
 inline void down_in_blocks(const Problem& p, const Sorted& sorted, const float* h, int64_t begin, int64_t end) {
+  const bool is_large = sorted.most_tokens >= kManyTokens;
+  const int64_t block = is_large ? kDownRows : block_rows(end - begin);
   const int64_t chunk = kDownVecs * kWidth * (sorted.most_tokens <= kDownTokens / 2 ? 2 : 1);
-  for (int64_t n = 0; n < p.neurons; n += kDownRows)
+  for (int64_t n = 0; n < p.neurons; n += block)
     for (int64_t d = begin; d < end; d += chunk) {
       const int64_t columns = std::min(chunk, end - d);
       const int vecs = static_cast<int>(ceil_div(columns, kWidth));
-      const bool is_last = d + chunk >= end;
+      const bool is_next_block = !is_large || d + chunk >= end;
+      const float* later = p.down + (!is_large ? d : is_next_block ? begin : d + chunk);
       for (const Group& group : sorted.groups) {
         const List& list = group.neurons;
-        const Rows rows = rows_in_block(list, n, n + kDownRows);
+        const Rows rows = rows_in_block(list, n, n + block);
         if (rows.count() == 0) continue;
-        // Meanwhile these rows' next columns are fetched, or, at the last, the first ones of the next rows.
-        const int32_t* next = list.ids + (is_last ? std::min(rows.end, list.size - rows.count()) : rows.begin);
-        const float* later = p.down + (is_last ? begin : d + chunk);
+        const int32_t* next = list.ids + (is_next_block ? std::min(rows.end, list.size - rows.count()) : rows.begin);
         const int64_t num_tiles = ceil_div(group.count, kDownTokens);
         for (int64_t tile = 0; tile < num_tiles; ++tile) {
           const int64_t first = group.count * tile / num_tiles;

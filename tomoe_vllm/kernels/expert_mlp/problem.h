@@ -10,7 +10,8 @@ namespace tomoe {
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-constexpr int64_t kLaneTokens = 64;  // tokens of an expert from which whole vectors of them lie in lanes (up_in_lanes.h)
+constexpr int64_t kManyTokens = 16;  // tokens of an expert from which it takes its rows alone, and
+constexpr int64_t kLaneTokens = 64;  // from which whole vectors of them lie in lanes (up_in_lanes.h)
 
 struct Problem {
   const float* x;         // [T, D]
