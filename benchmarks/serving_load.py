@@ -19,8 +19,7 @@ import httpx
 import psutil
 from serving_clients import make_prompts, model_name, serve, stream
 
-ENGINE = ["--dtype", "float32", "--enforce-eager", "--max-model-len", "512"]
-ENGINE += ["--block-size", "32", "--num-gpu-blocks-override", "48", "--max-num-seqs", "64"]
+ENGINE = ["--max-model-len", "512", "--block-size", "32", "--num-gpu-blocks-override", "48", "--max-num-seqs", "64"]
 TOKENS = 48
 PROMPTS = 64
 
@@ -79,10 +78,7 @@ def main() -> None:
     arguments = parser.parse_args()
     command = ["-m", "tomoe_vllm.cli", "serve", str(arguments.checkpoint), "--no-measure"]
     command += ["--queue-size", str(arguments.queue_size), "--", *ENGINE]
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        serve(command, Path(folder) / "log", VLLM_CPU_KVCACHE_SPACE="1") as address,
-    ):
+    with tempfile.TemporaryDirectory() as folder, serve(command, Path(folder) / "log") as address:
         model = model_name(address)
 
         async def alone() -> dict[str, str]:

@@ -18,8 +18,7 @@ from pathlib import Path
 import httpx
 from serving_clients import Answer, make_prompts, model_name, quantile, serve, stream, streams
 
-ENGINE = ["--dtype", "float32", "--enforce-eager", "--max-model-len", "512"]
-CACHE = {"VLLM_CPU_KVCACHE_SPACE": "1"}
+ENGINE = ["--max-model-len", "512"]
 TOKENS = 48
 
 
@@ -54,7 +53,7 @@ def main() -> None:
     base = ["-m", "tomoe_vllm.cli", "serve", str(arguments.checkpoint)]
     with tempfile.TemporaryDirectory() as folder:
         log, profile = Path(folder) / "log", Path(folder) / "profile.json"
-        with serve([*base, "--profile", str(profile), "--", *ENGINE], log, **CACHE) as address:
+        with serve([*base, "--profile", str(profile), "--", *ENGINE], log) as address:
             model = model_name(address)
             rounds = [
                 asyncio.run(streams(address, model, make_prompts(arguments.streams, seed=r), TOKENS)) for r in range(4)
@@ -62,7 +61,7 @@ def main() -> None:
         slo = quantile([answer.tpot_ms for answers in rounds[1:] for answer in answers], 0.95)
         print(f"{arguments.streams} streams need {slo:.1f} ms per token", file=sys.stderr)
         flags = ["--tpot-slo-ms", f"{slo:.2f}", "--queue-size", str(arguments.queue_size), "--profile", str(profile)]
-        with serve([*base, *flags, "--", *ENGINE], log, **CACHE) as address:
+        with serve([*base, *flags, "--", *ENGINE], log) as address:
             budget = httpx.get(f"{address}/v1/tomoe/budget", timeout=60).json()
             answers = asyncio.run(push(address, model, arguments.clients, arguments.seconds))
     served = [answer for answer in answers if answer.status == 200]

@@ -165,7 +165,7 @@ class Admission:
 
     def produced(self, seat: Seat, tokens: int, now: float) -> None:
         """Count a seat's new output tokens, of all its sequences, that came at ``now`` (the clock's seconds)."""
-        if self.times is not None and seat.tokens and tokens > 0:
+        if self.slo_ms is not None and seat.tokens and tokens > 0:
             step_ms = 1000 * (now - seat.last_arrival) * seat.sequences / tokens
             is_slower = step_ms > self._decode_ms()
             self.slowdown = max(1.0, self.slowdown * (1 + SLOWDOWN_STEP if is_slower else 1 - SLOWDOWN_STEP))

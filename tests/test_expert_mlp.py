@@ -67,7 +67,7 @@ CASES = [
     pytest.param({"tokens": 300, "hidden": 64, "neurons": 96, "experts": 2}, id="more tokens than a chunk"),
     pytest.param({"tokens": 1100, "hidden": 32, "neurons": 40, "experts": 3}, id="more tokens than a pass"),
     pytest.param({"tokens": 64, "hidden": 50, "neurons": 77, "experts": 1}, id="tokens in lanes that just fill them"),
-    pytest.param({"tokens": 151, "hidden": 2100, "neurons": 90, "experts": 2}, id="tokens in lanes, some idle"),
+    pytest.param({"tokens": 151, "hidden": 2100, "neurons": 90, "experts": 2}, id="tokens in lanes, and some more"),
     pytest.param({"tokens": 200, "hidden": 64, "neurons": 700, "experts": 4}, id="some experts in lanes, some not"),
     pytest.param({"tokens": 19, "hidden": 2100, "neurons": 40, "experts": 3}, id="more columns than a slice of k"),
     pytest.param({"tokens": 5, "hidden": 64, "neurons": 96, "experts": 8, "keep": 1.0}, id="every neuron kept"),
@@ -96,9 +96,10 @@ def test_activations_gates_and_biases(tokens, activation, is_gated, has_bias):
     assert_close(run(case, activation), expected_output(case, activation), 1e-5)
 
 
-def test_a_token_does_not_depend_on_its_batch_not_even_in_the_last_bit(threads):
+@pytest.mark.parametrize("experts", [8, 1], ids=["experts in turn", "one expert, many tokens"])
+def test_a_token_does_not_depend_on_its_batch_not_even_in_the_last_bit(experts, threads):
     """While its expert has fewer tokens than are laid out in lanes."""
-    case = make_case(50, 1100, 130, 8)
+    case = make_case(50, 1100, 130, experts)
     whole = run(case)
     for size in (1, 2, 5, 13, 50):
         parts = [run([case[0][t : t + size], case[1][t : t + size], *case[2:]]) for t in range(0, len(whole), size)]

@@ -7,14 +7,10 @@ import torch
 from safetensors.torch import load_file
 
 import training.trainer
+from tests.helpers.students import SETTINGS as METHOD_SETTINGS
 from training.checkpoint import ADAPTER_TENSORS
 
-SETTINGS = {
-    "active_ratio": 0.6,
-    "num_experts": 4,
-    "value_router_dim": 16,
-    "width_multiple": 8,
-    "head_dim_multiple": 4,
+SETTINGS = METHOD_SETTINGS | {
     "sequence_length": 32,
     "batch_size": 2,
     "steps": 6,

@@ -86,4 +86,15 @@ inline float activate(float x) {
   return x - x / (exp_approx(2.0f * y) + 1.0f);  // 0.5 (1 + tanh y) = 1 - 1 / (e^2y + 1)
 }
 
+// Calls ``use`` with the activation as its template argument.
+template <typename Use>
+void with_activation(Activation activation, Use use) {
+  switch (activation) {
+    case Activation::kSilu: return use.template operator()<Activation::kSilu>();
+    case Activation::kRelu: return use.template operator()<Activation::kRelu>();
+    case Activation::kGelu: return use.template operator()<Activation::kGelu>();
+    case Activation::kGeluTanh: return use.template operator()<Activation::kGeluTanh>();
+  }
+}
+
 }  // namespace tomoe

@@ -30,7 +30,9 @@ using torch::stable::Tensor;
 
 constexpr int64_t kPassTokens = 1024;     // tokens per pass over the weights: bounds the scratch memory
 constexpr int64_t kBlockBytes = 1 << 18;  // weights of a block of phase 1: it and the next are half of a 1 MB L2
-constexpr int64_t kParts = 8;             // of the neurons, that threads claim where tokens are many
+// Of many tokens threads claim parts of the neurons. An expert's rows of a part stay in L3 while chunks of its tokens
+// come back to them, so there are 8 at least (1b: 5.6 MB each); and 4 a thread, so that none waits long for the last.
+constexpr int64_t kLeastParts = 8, kPartsPerThread = 4;
 
 struct Free {
   void operator()(void* p) const { std::free(p); }
@@ -50,8 +52,9 @@ float* scratch(int which, size_t count) {
 // Many tokens: one expert after the other, a part of its rows at a time.
 void up_by_expert(const Problem& p, const Sorted& sorted, const float* columns, float* h, float* local, int64_t block,
                   std::atomic<int64_t>& claimed) {
-  const int64_t part = ceil_div(p.neurons, kParts);
-  for (int64_t b = claimed++; b < kParts; b = claimed++)
+  const int64_t parts = std::max(kLeastParts, kPartsPerThread * omp_get_num_threads());
+  const int64_t part = ceil_div(p.neurons, parts);
+  for (int64_t b = claimed++; b < parts; b = claimed++)
     for (const Group& group : sorted.groups) {
       const Rows rows = rows_in_block(group.neurons, b * part, (b + 1) * part);
       if (group.is_in_lanes) up_in_lanes(p, group, rows, columns, h);

@@ -15,6 +15,7 @@ constexpr int64_t kTokenChunk = 32;       // tokens of one expert at a time: 256
 constexpr int64_t kRowByRowTokens = 8;    // up to so many tokens of an expert whole rows are taken
 constexpr int kMaxNext = 24;              // rows that a tile may fetch: one token's tiles, the fewest, ask for 12 to 24
 
+// Activations of one token: ``projected`` is [rows_per_neuron, count].
 template <Activation A>
 void activate_rows(const Problem& p, const int32_t* ids, const float* projected, int64_t count, float* h) {
   const bool is_gated = p.rows_per_neuron == 2;
@@ -30,16 +31,6 @@ void activate_rows(const Problem& p, const int32_t* ids, const float* projected,
   } else {
 #pragma omp simd
     for (int64_t i = 0; i < count; ++i) h[i] = activate<A>(projected[i]);
-  }
-}
-
-// Activations of one token: ``projected`` is [rows_per_neuron, count].
-inline void activate_rows(const Problem& p, const int32_t* ids, const float* projected, int64_t count, float* h) {
-  switch (p.activation) {
-    case Activation::kSilu: return activate_rows<Activation::kSilu>(p, ids, projected, count, h);
-    case Activation::kRelu: return activate_rows<Activation::kRelu>(p, ids, projected, count, h);
-    case Activation::kGelu: return activate_rows<Activation::kGelu>(p, ids, projected, count, h);
-    case Activation::kGeluTanh: return activate_rows<Activation::kGeluTanh>(p, ids, projected, count, h);
   }
 }
 
@@ -105,8 +96,10 @@ inline void up_rows(const Problem& p, const Sorted& sorted, const Group& group, 
       for (int64_t i = rows.begin; i < rows.end; i += per_tile) tiles(i, slice);
   }
   float* target = h + group.hidden + (first - group.first) * group.token_stride + rows.begin;
-  for (int64_t t = 0; t < count; ++t)
-    activate_rows(p, ids + rows.begin, local + t * token_stride, width, target + t * group.token_stride);
+  with_activation(p.activation, [&]<Activation A>() {
+    for (int64_t t = 0; t < count; ++t)
+      activate_rows<A>(p, ids + rows.begin, local + t * token_stride, width, target + t * group.token_stride);
+  });
 }
 
 // Tiles that a group needs for so many rows.

@@ -63,16 +63,6 @@ void activate_lanes(const Problem& p, int64_t neuron, const float* gate, const f
   for (int64_t t = 0; t < count; ++t) h[t] = activate<A>(gate[t] + gate_bias) * (up[t] + up_bias);
 }
 
-inline void activate_lanes(const Problem& p, int64_t neuron, const float* gate, const float* up, int64_t count,
-                           float* h) {
-  switch (p.activation) {
-    case Activation::kSilu: return activate_lanes<Activation::kSilu>(p, neuron, gate, up, count, h);
-    case Activation::kRelu: return activate_lanes<Activation::kRelu>(p, neuron, gate, up, count, h);
-    case Activation::kGelu: return activate_lanes<Activation::kGelu>(p, neuron, gate, up, count, h);
-    case Activation::kGeluTanh: return activate_lanes<Activation::kGeluTanh>(p, neuron, gate, up, count, h);
-  }
-}
-
 // Tokens of the groups in lanes, in columns, at their places in ``columns`` (room for all of x). Thread ``thread`` of
 // ``team`` lays out its share.
 inline void lay_out_lanes(const Problem& p, const Sorted& sorted, float* columns, int64_t thread, int64_t team) {
@@ -107,9 +97,11 @@ inline void up_in_lanes(const Problem& p, const Group& group, const Rows& rows, 
           next[half * neurons + n] = p.up_row(half, ids[std::min(i + n + per_tile, rows.end - 1)]);
         }
       lane_tile_of(lanes / kWidth, neurons * p.rows_per_neuron)(w, next, x, p.depth, sums);
-      for (int n = 0; n < neurons; ++n)
-        activate_lanes(p, ids[i + n], sums + n * lanes, sums + (neurons + n) * lanes, lanes,
-                       h + group.hidden + (i + n) * group.neuron_stride + chunk);
+      with_activation(p.activation, [&]<Activation A>() {
+        for (int n = 0; n < neurons; ++n)
+          activate_lanes<A>(p, ids[i + n], sums + n * lanes, sums + (neurons + n) * lanes, lanes,
+                            h + group.hidden + (i + n) * group.neuron_stride + chunk);
+      });
     }
   }
 }
