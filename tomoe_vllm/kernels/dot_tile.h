@@ -22,7 +22,7 @@ void dot_tile(const float* const* w, const float* const* x, int64_t begin, int64
       for (int n = 0; n < num_next; ++n) __builtin_prefetch(next[n] + k, 0, 2);
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
-      const Vec row = held(load(w[r] + k));
+      const Vec row = load(w[r] + k);
 #pragma GCC unroll 8
       for (int t = 0; t < T; ++t) sums[r * T + t] = fma(row, tokens[t], sums[r * T + t]);
     }
@@ -50,10 +50,7 @@ void dot_tile(const float* const* w, const float* const* x, int64_t begin, int64
 using DotTile = void (*)(const float* const*, const float* const*, int64_t, int64_t, const float* const*, int,
                          float* const*, int64_t, bool);
 
-// Rows that a tile of so many tokens takes at most: as many sums as there are registers for, an even number of rows.
-constexpr int dot_rows(int tokens) { return kTileSums / tokens < kMaxDotRows ? kTileSums / tokens / 2 * 2 : kMaxDotRows; }
-
-template <int T = kDotTokens, int R = dot_rows(T)>
+template <int T = kDotTokens, int R = (T == 1 ? kLoneDotRows : kDotRows)>
 DotTile dot_tile_of(int tokens, int rows) {
   if constexpr (T > 1)
     if (tokens < T) return dot_tile_of<T - 1>(tokens, rows);

@@ -13,7 +13,7 @@ namespace tomoe {
 
 #ifdef __AVX512F__
 // 32 registers: a tile of 24 sums (or factors, in streamed ones) leaves room for its operands.
-constexpr int kWidth = 16, kTileSums = 24, kDotTokens = 4, kMaxDotRows = 12, kLaneVecs = 4, kLaneRows = 6;
+constexpr int kWidth = 16, kTileSums = 24, kDotTokens = 4, kDotRows = 6, kLoneDotRows = 12, kLaneVecs = 4, kLaneRows = 6;
 constexpr int kStreamedTokens = 3, kMaxStreamedRows = 16, kDownTokens = 6, kDownVecs = 4;
 using Vec = __m512;
 
@@ -25,8 +25,6 @@ inline Vec load_first(const float* p, int64_t n) { return _mm512_maskz_loadu_ps(
 inline void store(float* p, Vec v) { _mm512_storeu_ps(p, v); }
 inline void store_first(float* p, Vec v, int64_t n) { _mm512_mask_storeu_ps(p, first_lanes(n), v); }
 inline Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
-// ``v`` in a register: GCC may else read an operand again in each fma that uses it.
-inline Vec held(Vec v) { asm("" : "+v"(v)); return v; }
 
 // Sums of four vectors. The tree is the same for each of the four, so a sum does not depend on its place.
 inline void sum4(const Vec* v, float* out) {
@@ -40,7 +38,7 @@ inline void sum4(const Vec* v, float* out) {
 }
 #else
 // 16 registers under AVX2.
-constexpr int kWidth = 8, kTileSums = 8, kDotTokens = 2, kMaxDotRows = 4, kLaneVecs = 2, kLaneRows = 4;
+constexpr int kWidth = 8, kTileSums = 8, kDotTokens = 2, kDotRows = 4, kLoneDotRows = 4, kLaneVecs = 2, kLaneRows = 4;
 constexpr int kStreamedTokens = 2, kMaxStreamedRows = 4, kDownTokens = 2, kDownVecs = 4;
 typedef float Vec __attribute__((vector_size(32)));
 
@@ -51,7 +49,6 @@ inline Vec load_first(const float* p, int64_t n) { Vec v{}; std::memcpy(&v, p, n
 inline void store(float* p, Vec v) { std::memcpy(p, &v, sizeof v); }
 inline void store_first(float* p, Vec v, int64_t n) { std::memcpy(p, &v, n * sizeof(float)); }
 inline Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }  // contracted to one instruction where there is one
-inline Vec held(Vec v) { return v; }
 
 inline void sum4(const Vec* v, float* out) {
   for (int i = 0; i < 4; ++i)

@@ -60,7 +60,7 @@ void up_by_expert(const Problem& p, const Sorted& sorted, const float* columns, 
       if (group.is_in_lanes) up_in_lanes(p, group, rows, columns, h);
       else for (int64_t i = rows.begin; i < rows.end; i += block) {
         const Rows now{i, std::min(i + block, rows.end)}, later{now.end, std::min(now.end + block, rows.end)};
-        Ahead ahead(p, group.neurons, later, num_tiles(p, group, now.count()));
+        Ahead ahead(p, group.neurons, later, num_tiles(p, sorted, group, now.count()));
         up_chunks(p, sorted, group, now, h, local, ahead);
       }
     }

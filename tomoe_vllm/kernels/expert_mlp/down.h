@@ -7,6 +7,7 @@
 namespace tomoe {
 
 constexpr int64_t kTurnBytes = 1 << 18;  // of the rows that experts take turns at, and as many are fetched: L2
+constexpr int64_t kLargeBlockTokens = 8;  // tokens of an expert from which blocks are large
 constexpr int64_t kDownRows = 512;       // neurons of a block of many tokens: 128 KB of 64 columns stay in L2
 
 // Neurons of a block that experts take turns at.
@@ -31,7 +32,7 @@ void stream_tile(const float* const* rows, const float* const* next, const float
       sums[t] = is_first ? zero() : is_whole ? load(y[t] + d) : load_first(y[t] + d, left);
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
-      const Vec weights = held(is_whole ? load(rows[r] + d) : load_first(rows[r] + d, left));
+      const Vec weights = is_whole ? load(rows[r] + d) : load_first(rows[r] + d, left);
 #pragma GCC unroll 16
       for (int t = 0; t < T; ++t) sums[t] = fma(factors[t][r], weights, sums[t]);
     }
@@ -122,7 +123,7 @@ void down_tile(const float* down, const float* later, int64_t stride, const int3
     weights[V - 1] = last >= kWidth ? load(row + (V - 1) * kWidth) : load_first(row + (V - 1) * kWidth, last);
 #pragma GCC unroll 16
     for (int t = 0; t < T; ++t) {
-      const Vec factor = held(broadcast(h[t][i * h_stride]));
+      const Vec factor = broadcast(h[t][i * h_stride]);
 #pragma GCC unroll 16
       for (int v = 0; v < V; ++v) sums[t][v] = fma(factor, weights[v], sums[t][v]);
     }
@@ -153,7 +154,7 @@ DownTile down_tile_of(int tokens, int vecs) {
 // a block is small, and the next block is fetched meanwhile; of many it is large, so that outputs are read and written
 // seldom, and its next columns are fetched.
 inline void down_in_blocks(const Problem& p, const Sorted& sorted, const float* h, int64_t begin, int64_t end) {
-  const bool is_large = sorted.most_tokens >= kManyTokens;
+  const bool is_large = sorted.most_tokens >= kLargeBlockTokens;
   const int64_t block = is_large ? kDownRows : block_rows(end - begin);
   const int64_t chunk = kDownVecs * kWidth * (sorted.most_tokens <= kDownTokens / 2 ? 2 : 1);
   for (int64_t n = 0; n < p.neurons; n += block)

@@ -53,6 +53,17 @@ struct Ahead {
   }
 };
 
+// Neurons that a tile takes at most. A token alone waits for memory, which likes more rows at a time; beside others,
+// smaller tiles fetch at a more even pace.
+inline int64_t most_neurons(const Problem& p, const Sorted& sorted) {
+  return (sorted.order.size() == 1 ? kLoneDotRows : kDotRows) / p.rows_per_neuron;
+}
+
+// Tiles that a group needs for so many rows.
+inline int64_t num_tiles(const Problem& p, const Sorted& sorted, const Group& group, int64_t num_rows) {
+  return ceil_div(num_rows, most_neurons(p, sorted)) * ceil_div(group.count, kDotTokens);
+}
+
 // h of ``count`` tokens of one expert, from sorted token ``first``, for some rows of its list.
 inline void up_rows(const Problem& p, const Sorted& sorted, const Group& group, const Rows& rows, int64_t first,
                     int64_t count, float* h, float* local, Ahead& ahead) {
@@ -65,10 +76,10 @@ inline void up_rows(const Problem& p, const Sorted& sorted, const Group& group, 
   const int num_tiles = static_cast<int>(ceil_div(count, kDotTokens));
   const int large = static_cast<int>(ceil_div(count, num_tiles));
   const int num_large = static_cast<int>(count) - (large - 1) * num_tiles;
-  const int64_t row_tiles = ceil_div(width, dot_rows(large) / p.rows_per_neuron), per_tile = ceil_div(width, row_tiles);
+  const int64_t row_tiles = ceil_div(width, most_neurons(p, sorted)), per_tile = ceil_div(width, row_tiles);
   const auto tiles = [&](int64_t i, int64_t slice) {
-    const float* w[kMaxDotRows];
-    float* out[kMaxDotRows];
+    const float* w[kLoneDotRows];
+    float* out[kLoneDotRows];
     const int neurons = static_cast<int>(std::min<int64_t>(per_tile, rows.end - i));
     const int num_rows = neurons * p.rows_per_neuron;
     for (int r = 0; r < num_rows; ++r) {
@@ -102,12 +113,6 @@ inline void up_rows(const Problem& p, const Sorted& sorted, const Group& group, 
   });
 }
 
-// Tiles that a group needs for so many rows.
-inline int64_t num_tiles(const Problem& p, const Group& group, int64_t num_rows) {
-  const int per_tile = dot_rows(static_cast<int>(std::min<int64_t>(group.count, kDotTokens))) / p.rows_per_neuron;
-  return ceil_div(num_rows, per_tile) * ceil_div(group.count, kDotTokens);
-}
-
 // The same for all tokens of a group, in chunks of about equal size.
 inline void up_chunks(const Problem& p, const Sorted& sorted, const Group& group, const Rows& rows, float* h,
                       float* local, Ahead& ahead) {
@@ -127,7 +132,7 @@ inline void up_in_turn(const Problem& p, const Sorted& sorted, float* h, float* 
     next = claimed++;
     int64_t tiles = 0;
     for (const Group& group : sorted.groups)
-      tiles += num_tiles(p, group, rows_in_block(group.neurons, b * block, (b + 1) * block).count());
+      tiles += num_tiles(p, sorted, group, rows_in_block(group.neurons, b * block, (b + 1) * block).count());
     if (tiles == 0) continue;
     Ahead ahead(p, sorted.touched, rows_in_block(sorted.touched, next * block, (next + 1) * block), tiles);
     for (const Group& group : sorted.groups) {

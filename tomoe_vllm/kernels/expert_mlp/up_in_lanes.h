@@ -27,7 +27,7 @@ void lane_tile(const float* const* w, const float* const* next, const float* x, 
     for (int v = 0; v < V; ++v) tokens[v] = load(x + v * kWidth);
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
-      const Vec weight = held(broadcast(w[r][k]));
+      const Vec weight = broadcast(w[r][k]);
 #pragma GCC unroll 16
       for (int v = 0; v < V; ++v) sums[r][v] = fma(weight, tokens[v], sums[r][v]);
     }

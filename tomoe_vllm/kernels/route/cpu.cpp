@@ -29,11 +29,11 @@ Tensor route_tokens(const Tensor& hidden_states, const Tensor& router_weight, ui
     const float* token = rows + t * depth;
     float best = -INFINITY;
     int64_t winner = 0;
-    for (int64_t e = 0; e < experts; e += dot_rows(1)) {
-      const int count = static_cast<int>(std::min<int64_t>(dot_rows(1), experts - e));
-      const float* w[kMaxDotRows];
-      float logits[kMaxDotRows];
-      float* targets[kMaxDotRows];
+    for (int64_t e = 0; e < experts; e += kLoneDotRows) {
+      const int count = static_cast<int>(std::min<int64_t>(kLoneDotRows, experts - e));
+      const float* w[kLoneDotRows];
+      float logits[kLoneDotRows];
+      float* targets[kLoneDotRows];
       for (int r = 0; r < count; ++r) w[r] = router + (e + r) * depth, targets[r] = logits + r;
       dot_tile_of(1, count)(w, &token, 0, depth, w, 0, targets, 1, true);
       for (int r = 0; r < count; ++r)

@@ -25,12 +25,11 @@ inline const float* floats(const Tensor& tensor) { return static_cast<const floa
 // are fetched meanwhile.
 void project(const float* w, int64_t depth, int64_t begin, int64_t end, const float* const* x, int tokens, float* out,
              int64_t stride) {
-  const int per_tile = dot_rows(tokens);
-  for (int64_t r = begin; r < end; r += per_tile) {
-    const int rows = static_cast<int>(std::min<int64_t>(per_tile, end - r));
-    const int num_next = static_cast<int>(std::min<int64_t>(per_tile, end - r - rows));
-    const float *row[kMaxDotRows], *next[kMaxDotRows];
-    float* target[kMaxDotRows];
+  for (int64_t r = begin; r < end; r += kDotRows) {
+    const int rows = static_cast<int>(std::min<int64_t>(kDotRows, end - r));
+    const int num_next = static_cast<int>(std::min<int64_t>(kDotRows, end - r - rows));
+    const float *row[kDotRows], *next[kDotRows];
+    float* target[kDotRows];
     for (int j = 0; j < rows; ++j) row[j] = w + (r + j) * depth, target[j] = out + r + j;
     for (int j = 0; j < num_next; ++j) next[j] = row[0] + (rows + j) * depth;
     dot_tile_of(tokens, rows)(row, x, 0, depth, next, num_next, target, stride, true);
@@ -87,8 +86,7 @@ Tensor mask_values(Tensor attention, Tensor hidden_states, Tensor down_weight, T
   const int64_t tiles = (tokens + kDotTokens - 1) / kDotTokens;
   // Few tokens: an equal share of W_down's rows for each thread, in whole tiles. Many: as many as stay near.
   const int64_t share = (rank + threads - 1) / threads, rows_at_once = tiles >= 4 * threads ? 48 : share;
-  constexpr int kRows = dot_rows(kDotTokens);
-  const int64_t chunk = (rows_at_once + kRows - 1) / kRows * kRows, chunks = (rank + chunk - 1) / chunk;
+  const int64_t chunk = (rows_at_once + kDotRows - 1) / kDotRows * kDotRows, chunks = (rank + chunk - 1) / chunk;
   const auto token_pointers = [&](const float* rows, int64_t stride, int64_t tile, const float** pointers) {
     const int count = static_cast<int>(std::min<int64_t>(kDotTokens, tokens - tile * kDotTokens));
     for (int j = 0; j < count; ++j) pointers[j] = rows + (tile * kDotTokens + j) * stride;
