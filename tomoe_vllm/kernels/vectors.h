@@ -5,16 +5,19 @@
 #include <cstdint>
 #include <cstring>
 
-#ifdef __AVX512F__
+#ifdef __AVX2__
 #include <immintrin.h>
 #endif
 
 namespace tomoe {
 
+// What was measured best on each: sizes of tiles; tokens of an expert and of a pass up to which W_down is streamed; tokens
+// of an expert from which they lie in lanes (expert_mlp/).
 #ifdef __AVX512F__
 // 32 registers: a tile of 24 sums (or factors, in streamed ones) leaves room for its operands.
 constexpr int kWidth = 16, kTileSums = 24, kDotTokens = 4, kDotRows = 6, kLoneDotRows = 12, kLaneVecs = 4, kLaneRows = 6;
 constexpr int kStreamedTokens = 3, kMaxStreamedRows = 16, kDownTokens = 6, kDownVecs = 4;
+constexpr int kStreamedPass = 3, kStreamedExpert = 3, kLaneTokens = 64;
 using Vec = __m512;
 
 inline __mmask16 first_lanes(int64_t n) { return static_cast<__mmask16>((1u << n) - 1); }
@@ -37,13 +40,18 @@ inline void sum4(const Vec* v, float* out) {
   _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1)));
 }
 #else
-// 16 registers under AVX2.
-constexpr int kWidth = 8, kTileSums = 8, kDotTokens = 2, kDotRows = 4, kLoneDotRows = 4, kLaneVecs = 2, kLaneRows = 4;
-constexpr int kStreamedTokens = 2, kMaxStreamedRows = 4, kDownTokens = 2, kDownVecs = 4;
+// 16 registers under AVX2: a tile of 12 sums leaves room for its operands.
+constexpr int kWidth = 8, kTileSums = 12, kDotTokens = 3, kDotRows = 4, kLoneDotRows = 6, kLaneVecs = 2, kLaneRows = 6;
+constexpr int kStreamedTokens = 3, kMaxStreamedRows = 8, kDownTokens = 6, kDownVecs = 2;
+constexpr int kStreamedPass = 1024, kStreamedExpert = 4, kLaneTokens = 32;
 typedef float Vec __attribute__((vector_size(32)));
 
 inline Vec zero() { return Vec{}; }
+#ifdef __AVX2__
+inline Vec broadcast(float value) { return _mm256_set1_ps(value); }
+#else
 inline Vec broadcast(float value) { return Vec{} + value; }
+#endif
 inline Vec load(const float* p) { Vec v; std::memcpy(&v, p, sizeof v); return v; }
 inline Vec load_first(const float* p, int64_t n) { Vec v{}; std::memcpy(&v, p, n * sizeof(float)); return v; }
 inline void store(float* p, Vec v) { std::memcpy(p, &v, sizeof v); }
@@ -51,8 +59,13 @@ inline void store_first(float* p, Vec v, int64_t n) { std::memcpy(p, &v, n * siz
 inline Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }  // contracted to one instruction where there is one
 
 inline void sum4(const Vec* v, float* out) {
+#ifdef __AVX2__
+  const Vec abcd = _mm256_hadd_ps(_mm256_hadd_ps(v[0], v[1]), _mm256_hadd_ps(v[2], v[3]));
+  _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(abcd), _mm256_extractf128_ps(abcd, 1)));
+#else
   for (int i = 0; i < 4; ++i)
-    out[i] = ((v[i][0] + v[i][4]) + (v[i][2] + v[i][6])) + ((v[i][1] + v[i][5]) + (v[i][3] + v[i][7]));
+    out[i] = ((v[i][0] + v[i][1]) + (v[i][2] + v[i][3])) + ((v[i][4] + v[i][5]) + (v[i][6] + v[i][7]));
+#endif
 }
 #endif
 

@@ -8,6 +8,7 @@ namespace tomoe {
 
 constexpr int64_t kTurnBytes = 1 << 18;  // of the rows that experts take turns at, and as many are fetched: L2
 constexpr int64_t kLargeBlockTokens = 8;  // tokens of an expert from which blocks are large
+constexpr int64_t kDownColumns = 64;     // of a block's rows that stay near while all tokens pass by
 constexpr int64_t kDownRows = 512;       // neurons of a block of many tokens: 128 KB of 64 columns stay in L2
 
 // Neurons of a block that experts take turns at.
@@ -68,18 +69,16 @@ StreamTile stream_tile_of(int64_t tokens, int64_t rows) {
   return stream_tile<T, R>;
 }
 
-// Columns [begin, end) of all outputs for up to kStreamedTokens: memory is the limit, and whole
-// rows are what it gives fastest. Experts take turns at blocks of neurons; each fetches its rows of the next.
+// Columns [begin, end) of all outputs where experts have few tokens: memory is the limit, and whole rows are what it
+// gives fastest. Experts take turns at blocks of neurons; each fetches its rows of the next.
 inline void down_streamed(const Problem& p, const Sorted& sorted, const float* h, int64_t begin, int64_t end) {
   const int64_t columns = end - begin, block = block_rows(columns);
   for (int64_t n = 0; n < p.neurons; n += block)
     for (const Group& group : sorted.groups) {
       const List& list = group.neurons;
       const Rows rows = rows_in_block(list, n, n + block);
-      const float* hidden[kStreamedTokens];
-      float* y[kStreamedTokens];
-      for (int64_t t = 0; t < group.count; ++t) y[t] = p.out + sorted.order[group.first + t] * p.depth + begin;
-      const int per_tile = streamed_rows(group.count);
+      const int64_t num_tiles = ceil_div(group.count, kStreamedTokens);
+      const int per_tile = streamed_rows(ceil_div(group.count, num_tiles));
       for (int64_t i = rows.begin; i < rows.end; i += per_tile) {
         const int64_t num_rows = std::min<int64_t>(per_tile, rows.end - i);
         const float *w[kMaxStreamedRows], *next[kMaxStreamedRows];
@@ -88,9 +87,16 @@ inline void down_streamed(const Problem& p, const Sorted& sorted, const float* h
           w[r] = p.down + list.ids[i + r] * p.down_stride + begin;
           next[r] = p.down + list.ids[later] * p.down_stride + begin;
         }
-        for (int64_t t = 0; t < group.count; ++t)
-          hidden[t] = h + group.hidden + t * group.token_stride + i * group.neuron_stride;
-        stream_tile_of(group.count, num_rows)(w, next, hidden, group.neuron_stride, y, columns, i == 0);
+        for (int64_t tile = 0; tile < num_tiles; ++tile) {
+          const int64_t first = group.count * tile / num_tiles, tokens = group.count * (tile + 1) / num_tiles - first;
+          const float* hidden[kStreamedTokens];
+          float* y[kStreamedTokens];
+          for (int64_t j = 0; j < tokens; ++j) {
+            hidden[j] = h + group.hidden + (first + j) * group.token_stride + i * group.neuron_stride;
+            y[j] = p.out + sorted.order[group.first + first + j] * p.depth + begin;
+          }
+          stream_tile_of(tokens, num_rows)(w, next, hidden, group.neuron_stride, y, columns, i == 0);
+        }
       }
     }
 }
@@ -141,7 +147,10 @@ void down_tile(const float* down, const float* later, int64_t stride, const int3
 using DownTile = void (*)(const float*, const float*, int64_t, const int32_t*, const int32_t*, int64_t,
                           const float* const*, int64_t, float* const*, int64_t, bool);
 
-template <bool kPrefetch, int T = kDownTokens, int V = kDownVecs * (T <= kDownTokens / 2 ? 2 : 1)>
+// Vectors of columns that a tile of so many tokens takes at most: kTileSums sums at most.
+constexpr int down_vecs(int64_t tokens) { return kDownVecs * (tokens <= kDownTokens / 2 ? 2 : 1); }
+
+template <bool kPrefetch, int T = kDownTokens, int V = down_vecs(T)>
 DownTile down_tile_of(int tokens, int vecs) {
   if constexpr (T > 1)
     if (tokens < T) return down_tile_of<kPrefetch, T - 1>(tokens, vecs);
@@ -156,11 +165,10 @@ DownTile down_tile_of(int tokens, int vecs) {
 inline void down_in_blocks(const Problem& p, const Sorted& sorted, const float* h, int64_t begin, int64_t end) {
   const bool is_large = sorted.most_tokens >= kLargeBlockTokens;
   const int64_t block = is_large ? kDownRows : block_rows(end - begin);
-  const int64_t chunk = kDownVecs * kWidth * (sorted.most_tokens <= kDownTokens / 2 ? 2 : 1);
+  const int64_t chunk = kDownColumns * (sorted.most_tokens <= kDownTokens / 2 ? 2 : 1);
   for (int64_t n = 0; n < p.neurons; n += block)
     for (int64_t d = begin; d < end; d += chunk) {
       const int64_t columns = std::min(chunk, end - d);
-      const int vecs = static_cast<int>(ceil_div(columns, kWidth));
       const bool is_next_block = !is_large || d + chunk >= end;
       const float* later = p.down + (!is_large ? d : is_next_block ? begin : d + chunk);
       for (const Group& group : sorted.groups) {
@@ -178,9 +186,15 @@ inline void down_in_blocks(const Problem& p, const Sorted& sorted, const float* 
             hidden[j] = h + group.hidden + (first + j) * group.token_stride + rows.begin * group.neuron_stride;
             y[j] = p.out + sorted.order[group.first + first + j] * p.depth + d;
           }
-          const DownTile run = tile == 0 ? down_tile_of<true>(tokens, vecs) : down_tile_of<false>(tokens, vecs);
-          run(p.down + d, later, p.down_stride, list.ids + rows.begin, next, rows.count(), hidden,
-              group.neuron_stride, y, columns, rows.begin == 0);
+          const int64_t part = down_vecs(tokens) * kWidth;
+          for (int64_t c = 0; c < columns; c += part) {
+            const int64_t left = std::min(part, columns - c);
+            const int vecs = static_cast<int>(ceil_div(left, kWidth));
+            const DownTile run = tile == 0 ? down_tile_of<true>(tokens, vecs) : down_tile_of<false>(tokens, vecs);
+            run(p.down + d + c, later + c, p.down_stride, list.ids + rows.begin, next, rows.count(), hidden,
+                group.neuron_stride, y, left, rows.begin == 0);
+            for (int j = 0; j < tokens; ++j) y[j] += part;
+          }
         }
       }
     }

@@ -10,8 +10,9 @@ namespace tomoe {
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-constexpr int64_t kManyTokens = 16;  // tokens of an expert from which it takes its rows alone, and
-constexpr int64_t kLaneTokens = 64;  // from which whole vectors of them lie in lanes (up_in_lanes.h)
+constexpr int64_t kManyTokens = 16;  // tokens of an expert from which it takes its rows alone
+constexpr int64_t kLaneMultiple = 16;  // from kLaneTokens on, as many as this divides lie in lanes (up_in_lanes.h)
+constexpr int64_t kLaneChunk = kLaneVecs * kWidth;  // tokens in lanes at a time
 
 struct Problem {
   const float* x;         // [T, D]
@@ -34,7 +35,7 @@ struct List {  // of neurons, sorted
   int64_t size;
 };
 
-struct Group {  // tokens of one expert
+struct Group {  // tokens of one expert; of those in lanes, one chunk
   int64_t first, count;  // of the sorted tokens
   List neurons;
   bool is_in_lanes;
@@ -75,8 +76,10 @@ inline Sorted sort_tokens(const Problem& p, const int64_t* expert_ids, int64_t f
   for (int64_t e = 0; e < p.experts; ++e) {
     if (starts[e + 1] == starts[e]) continue;
     const List neurons{p.ids + e * p.max_width, p.widths[e]};
-    const int64_t size = starts[e + 1] - starts[e], in_lanes = size >= kLaneTokens ? size / kWidth * kWidth : 0;
-    if (in_lanes > 0) sorted.groups.push_back({starts[e], in_lanes, neurons, true});
+    const int64_t size = starts[e + 1] - starts[e];
+    const int64_t in_lanes = size >= kLaneTokens ? size / kLaneMultiple * kLaneMultiple : 0;
+    for (int64_t chunk = 0; chunk < in_lanes; chunk += kLaneChunk)
+      sorted.groups.push_back({starts[e] + chunk, std::min(kLaneChunk, in_lanes - chunk), neurons, true});
     if (size > in_lanes) sorted.groups.push_back({starts[e] + in_lanes, size - in_lanes, neurons, false});
     sorted.max_width = std::max(sorted.max_width, neurons.size);
     sorted.most_tokens = std::max(sorted.most_tokens, size);

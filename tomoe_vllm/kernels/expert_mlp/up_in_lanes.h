@@ -1,13 +1,11 @@
 // Phase 1 of tomoe::expert_mlp where an expert has many tokens: one token a lane, so that nothing is summed across
 // lanes, and weights are broadcast from the rows as they lie.
 //
-// The tokens are laid out in columns first: chunks of up to kLaneVecs vectors, [D, tokens of the chunk].
+// The tokens are laid out in columns first, [D, tokens of the chunk], and h comes out so, [width, tokens of the chunk].
 #pragma once
 #include "problem.h"
 
 namespace tomoe {
-
-constexpr int64_t kLaneChunk = kLaneVecs * kWidth;  // tokens at a time
 
 // V vectors of tokens by R rows of weights over all columns; sums go to ``out`` [R, V * kWidth]. Rows ``next`` are
 // fetched into L2 meanwhile.
@@ -67,42 +65,38 @@ void activate_lanes(const Problem& p, int64_t neuron, const float* gate, const f
 // ``team`` lays out its share.
 inline void lay_out_lanes(const Problem& p, const Sorted& sorted, float* columns, int64_t thread, int64_t team) {
   int64_t turn = 0;
-  for (const Group& group : sorted.groups)
-    for (int64_t chunk = 0; group.is_in_lanes && chunk < group.count; chunk += kLaneChunk) {
-      if (turn++ % team != thread) continue;
-      const int64_t lanes = std::min(kLaneChunk, group.count - chunk);
-      float* target = columns + (group.first + chunk) * p.depth;
-      for (int64_t k = 0; k < p.depth; k += 16)
-        for (int64_t t = 0; t < lanes; ++t) {
-          const float* token = p.x + sorted.order[group.first + chunk + t] * p.depth;
-          for (int64_t j = k; j < std::min(k + 16, p.depth); ++j) target[j * lanes + t] = token[j];
-        }
-    }
+  for (const Group& group : sorted.groups) {
+    if (!group.is_in_lanes || turn++ % team != thread) continue;
+    float* target = columns + group.first * p.depth;
+    for (int64_t k = 0; k < p.depth; k += 16)
+      for (int64_t t = 0; t < group.count; ++t) {
+        const float* token = p.x + sorted.order[group.first + t] * p.depth;
+        for (int64_t j = k; j < std::min(k + 16, p.depth); ++j) target[j * group.count + t] = token[j];
+      }
+  }
 }
 
-// h of a group in lanes for some rows of its list; each chunk of tokens stays near while the rows pass by.
+// h of a group in lanes for some rows of its list; the tokens stay near while the rows pass by.
 inline void up_in_lanes(const Problem& p, const Group& group, const Rows& rows, const float* columns, float* h) {
   const int per_tile = kLaneRows / p.rows_per_neuron;
   const int32_t* ids = group.neurons.ids;
+  const int64_t lanes = group.count;
+  const float* x = columns + group.first * p.depth;
   float sums[kLaneRows * kLaneChunk];
-  for (int64_t chunk = 0; chunk < group.count; chunk += kLaneChunk) {
-    const int64_t lanes = std::min(kLaneChunk, group.count - chunk);
-    const float* x = columns + (group.first + chunk) * p.depth;
-    for (int64_t i = rows.begin; i < rows.end; i += per_tile) {
-      const int neurons = static_cast<int>(std::min<int64_t>(per_tile, rows.end - i));
-      const float *w[kLaneRows], *next[kLaneRows];
+  for (int64_t i = rows.begin; i < rows.end; i += per_tile) {
+    const int neurons = static_cast<int>(std::min<int64_t>(per_tile, rows.end - i));
+    const float *w[kLaneRows], *next[kLaneRows];
+    for (int n = 0; n < neurons; ++n)
+      for (int half = 0; half < p.rows_per_neuron; ++half) {
+        w[half * neurons + n] = p.up_row(half, ids[i + n]);
+        next[half * neurons + n] = p.up_row(half, ids[std::min(i + n + per_tile, rows.end - 1)]);
+      }
+    lane_tile_of(lanes / kWidth, neurons * p.rows_per_neuron)(w, next, x, p.depth, sums);
+    with_activation(p.activation, [&]<Activation A>() {
       for (int n = 0; n < neurons; ++n)
-        for (int half = 0; half < p.rows_per_neuron; ++half) {
-          w[half * neurons + n] = p.up_row(half, ids[i + n]);
-          next[half * neurons + n] = p.up_row(half, ids[std::min(i + n + per_tile, rows.end - 1)]);
-        }
-      lane_tile_of(lanes / kWidth, neurons * p.rows_per_neuron)(w, next, x, p.depth, sums);
-      with_activation(p.activation, [&]<Activation A>() {
-        for (int n = 0; n < neurons; ++n)
-          activate_lanes<A>(p, ids[i + n], sums + n * lanes, sums + (neurons + n) * lanes, lanes,
-                            h + group.hidden + (i + n) * group.neuron_stride + chunk);
-      });
-    }
+        activate_lanes<A>(p, ids[i + n], sums + n * lanes, sums + (neurons + n) * lanes, lanes,
+                          h + group.hidden + (i + n) * group.neuron_stride);
+    });
   }
 }
 
