@@ -225,6 +225,7 @@ def test_linears_of_a_family_leave_out_the_gates(checkpoint):
 
 
 @pytest.mark.engine
+@pytest.mark.slow
 def test_vllm_serves_what_was_fine_tuned(dense_folder, settings, text_file, tmp_path):
     base = dense_folder(hidden_size=128)  # head_dim 32: what vLLM's CPU attention takes
     save_untrained_adapter(tmp_path / "adapter", base)

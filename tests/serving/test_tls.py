@@ -61,6 +61,7 @@ def test_certificate_and_key_the_wrong_way_round(run_cli, certificate):
 
 
 @pytest.mark.engine
+@pytest.mark.slow
 def test_answers_over_https_and_to_nobody_else(served_model, certificate, tmp_path):
     from tests.helpers.servers import run_server
 

@@ -39,6 +39,7 @@ struct Group {  // tokens of one expert; of those in lanes, one chunk
   int64_t first, count;  // of the sorted tokens
   List neurons;
   bool is_in_lanes;
+  bool is_first;  // of its expert's
   // Its activations begin at ``hidden``: [count, width of the widest expert], or, of tokens in lanes, [width, count].
   int64_t hidden, token_stride, neuron_stride;
 };
@@ -79,8 +80,8 @@ inline Sorted sort_tokens(const Problem& p, const int64_t* expert_ids, int64_t f
     const int64_t size = starts[e + 1] - starts[e];
     const int64_t in_lanes = size >= kLaneTokens ? size / kLaneMultiple * kLaneMultiple : 0;
     for (int64_t chunk = 0; chunk < in_lanes; chunk += kLaneChunk)
-      sorted.groups.push_back({starts[e] + chunk, std::min(kLaneChunk, in_lanes - chunk), neurons, true});
-    if (size > in_lanes) sorted.groups.push_back({starts[e] + in_lanes, size - in_lanes, neurons, false});
+      sorted.groups.push_back({starts[e] + chunk, std::min(kLaneChunk, in_lanes - chunk), neurons, true, chunk == 0});
+    if (size > in_lanes) sorted.groups.push_back({starts[e] + in_lanes, size - in_lanes, neurons, false, in_lanes == 0});
     sorted.max_width = std::max(sorted.max_width, neurons.size);
     sorted.most_tokens = std::max(sorted.most_tokens, size);
   }
