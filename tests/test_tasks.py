@@ -88,9 +88,8 @@ def test_command_prints_a_table_and_one_json_line(run_cli, dense_folder):
 
 
 @pytest.mark.engine
-@pytest.mark.parametrize(
-    "is_converted", [pytest.param(False, id="dense", marks=pytest.mark.slow), pytest.param(True, id="converted")]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("is_converted", [False, True], ids=["dense", "converted"])
 def test_vllm_backend_scores_what_a_loop_scores(is_converted, dense_folder, tmp_path):
     folder = dense_folder(hidden_size=128)  # head_dim 32: what vLLM's CPU attention takes
     if is_converted:

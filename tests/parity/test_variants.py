@@ -18,7 +18,10 @@ VARIANTS = [
     pytest.param("llama", ALL_KEPT, id="every width full: masks are skipped"),
     pytest.param("llama", {"num_experts": 12}, id="signature of two bytes"),
     pytest.param("llama", {"num_experts": 1}, id="one expert"),
-    pytest.param("qwen3", {"attention_bias": True, "num_key_value_heads": 1}, id="biases before the norm, MQA"),
+    # Seed 0 has two value logits 2e-6 apart at the border of the kept ones, and either choice is right.
+    pytest.param(
+        "qwen3", {"attention_bias": True, "num_key_value_heads": 1, "seed": 1}, id="biases before the norm, MQA"
+    ),
     pytest.param("mistral", {"sliding_window": 24}, id="sliding window shorter than the prompts"),
     pytest.param("phi", {"tie_word_embeddings": True}, id="tied embeddings with an lm_head bias"),
     pytest.param(

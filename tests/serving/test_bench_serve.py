@@ -14,7 +14,11 @@ NUM_TOKENS = 4
 
 
 @pytest.mark.parametrize(
-    ("backend", "endpoint"), [("openai", "/v1/completions"), ("openai-chat", "/v1/chat/completions")]
+    ("backend", "endpoint"),
+    [
+        ("openai", "/v1/completions"),
+        pytest.param("openai-chat", "/v1/chat/completions", marks=pytest.mark.slow),
+    ],
 )
 def test_every_request_is_completed(live, tmp_path, backend, endpoint):
     command = ["-m", "vllm.entrypoints.cli.main", "bench", "serve", "--base-url", live.server.url]
