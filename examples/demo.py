@@ -137,6 +137,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=ROOT / "demo")
     parser.add_argument("--cold", action="store_true", help="train from nothing, not from the shipped adapter")
     arguments = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as Ctrl-C: leave by the exits that stop the servers
     folder = arguments.folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
     model, adapter, checkpoint = folder / "smollm2", folder / "adapter", folder / "smollm2-tomoe"

@@ -74,7 +74,7 @@ def test_ways_of_the_op_agree_before_they_are_timed(monkeypatch):
     monkeypatch.setattr(op, "NUM_TOKENS", (1, 5))
     monkeypatch.setattr(op, "read_bandwidth", lambda: 1e9)
     monkeypatch.setattr(op, "gemm_rate", lambda: 1e12)
-    monkeypatch.setattr(op, "_rounds", lambda *_: 2)
+    monkeypatch.setattr(op, "rounds_of", lambda *_: 2)
     results = op.bench_op(TINY)
     assert [row["num_tokens"] for row in results["rows"]] == [1, 5]
     assert set(results["rows"][0]["ms"]) == {"dense", "shared", "masked", "fused"}
@@ -84,6 +84,13 @@ def test_ways_of_the_op_agree_before_they_are_timed(monkeypatch):
     monkeypatch.setattr(op.Layer, "shared", lambda self, *args: wrong(self, *args) * 1.001)
     with pytest.raises(RuntimeError, match="shared differs from the masked form"):
         op.bench_op(TINY, ("dense", "masked", "shared"))
+
+
+def test_each_way_is_at_another_layer():
+    from tomoe_vllm.bench.op import walk
+
+    ways = walk({name: lambda layer: layer for name in "abc"}, [*range(7)])
+    assert [[way() for way in ways.values()] for _ in range(8)] == [[i % 7, (i + 2) % 7, (i + 4) % 7] for i in range(8)]
 
 
 @pytest.mark.parametrize(

@@ -96,12 +96,12 @@ def test_activations_gates_and_biases(tokens, activation, is_gated, has_bias):
     assert_close(run(case, activation), expected_output(case, activation), 1e-5)
 
 
-@pytest.mark.parametrize(("tokens", "experts"), [(50, 8), (31, 1)], ids=["experts in turn", "one expert, many tokens"])
-def test_a_token_does_not_depend_on_its_batch_not_even_in_the_last_bit(tokens, experts, threads):
-    """While its expert has fewer tokens than are laid out in lanes: 32, or 64 with AVX-512."""
-    case = make_case(tokens, 1100, 130, experts)
+@pytest.mark.parametrize("experts", [8, 1], ids=["experts in turn", "one expert, many tokens"])
+def test_a_token_does_not_depend_on_its_batch_not_even_in_the_last_bit(experts, threads):
+    """While its expert has fewer tokens than are laid out in lanes."""
+    case = make_case(50, 1100, 130, experts)
     whole = run(case)
-    for size in (1, 2, 5, 13):
+    for size in (1, 2, 5, 13, 50):
         parts = [run([case[0][t : t + size], case[1][t : t + size], *case[2:]]) for t in range(0, len(whole), size)]
         assert torch.equal(torch.cat(parts), whole), size
 

@@ -158,7 +158,7 @@ def test_tolerance_catches_gates_left_on_the_inner_linears(checkpoint, settings)
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_loss_falls_and_gates_stay_byte_for_byte(method, checkpoint, settings, tmp_path):
     source, out = checkpoint(), tmp_path / "out"
-    facts = finetune(source, settings(method=method, steps=60, learning_rate=2e-2), out)
+    facts = finetune(source, settings(method=method, steps=100, learning_rate=2e-2), out)
     assert facts["final_loss"] < facts["first_loss"] - 0.3
     assert (out / TOMOE_SHARD).read_bytes() == (source / TOMOE_SHARD).read_bytes()
     assert (out / "config.json").read_bytes() == (source / "config.json").read_bytes()

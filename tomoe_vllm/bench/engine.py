@@ -104,12 +104,13 @@ def _rates(seconds: dict[str, list[float]], num_tokens: int) -> dict:
 
 
 def bench_memory(engines: dict[str, Engine], loaded: dict[str, dict]) -> dict:
-    """Bytes of each process after loading and now."""
+    """Bytes of each process after loading, now, and without what is free (``ALLOCATOR`` keeps that)."""
     now = {name: engine.ask() for name, engine in engines.items()}
-    memory = {name: {"loaded": loaded[name], "now": now[name]} for name in engines}
+    trimmed = {name: engine.ask(trim=1) for name, engine in engines.items()}
+    memory = {name: {"loaded": loaded[name], "now": now[name], "trimmed": trimmed[name]} for name in engines}
     ratios = {
         f"{when}_{what}_ratio": memory["tomoe"][when][f"{what}_bytes"] / memory["dense"][when][f"{what}_bytes"]
-        for when, what in (("loaded", "resident"), ("now", "resident"), ("now", "peak"))
+        for when, what in (("loaded", "resident"), ("now", "resident"), ("trimmed", "resident"), ("now", "peak"))
     }
     print(", ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in ratios.items()), file=sys.stderr)
     return memory | ratios

@@ -5,13 +5,14 @@ shared  tomoe::expert_mlp on one copy of the weights
 masked  the dense layer with the expert's mask in its activation (the layout for quantized weights and LoRA)
 fused   vLLM's CPU fused MoE (isa "vec") over materialised experts: N/2 times the memory
 
-Several layers are walked in turn, as a model walks them: one layer alone would stay in the caches. The limit is
+Several layers are walked in turn, as a model walks them: one layer alone would stay in the caches. Each way is at
+another layer, since some share their weights and would find them in a cache that the way before filled. The limit is
 max(bytes that must be read / bandwidth, operations / GEMM rate), with the bytes of the union of the experts touched.
 """
 
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from itertools import cycle
 
 import torch
@@ -123,12 +124,8 @@ def bench_op(shape: Shape, ways: tuple[str, ...] = ("dense", "shared", "masked",
         x = torch.randn(num_tokens, shape.hidden_size, generator=generator)
         expert_ids = torch.randint(shape.num_experts, (num_tokens,), generator=generator)
         calls: dict[str, Call] = {name: _call(name, x, expert_ids) for name in ways}
-        _check(calls, layers[0])
-        samples = interleave(
-            {name: _walk(call, layers) for name, call in calls.items()},
-            rounds=_rounds(shape, num_tokens),
-            warm_up=2,
-        )
+        check(calls, layers[0])
+        samples = interleave(walk(calls, layers), rounds=rounds_of(shape, num_tokens), warm_up=2)
         row = {name: summary(values, 1e3) for name, values in samples.items()}
         limit = limit_seconds(shape, layers[0], expert_ids, bandwidth, rate) * 1e3
         rows.append({"num_tokens": num_tokens, "limit_ms": limit, "ms": row})
@@ -148,21 +145,26 @@ def _call(way: str, x: Tensor, expert_ids: Tensor) -> Call:
     return lambda layer: getattr(layer, way)(x, expert_ids)
 
 
-def _walk(call: Call, layers: list[Layer]) -> Callable[[], Tensor]:
-    """``call`` on the next layer each time."""
-    order = cycle(layers)
-    return lambda: call(next(order))
+def walk(calls: Mapping[str, Call], layers: list[Layer]) -> dict[str, Callable[[], Tensor]]:
+    """Each call on its next layer each time; they begin as far apart as the layers allow."""
+
+    def step(call: Call, start: int) -> Callable[[], Tensor]:
+        order = cycle(layers[start:] + layers[:start])
+        return lambda: call(next(order))
+
+    return {name: step(call, i * len(layers) // len(calls)) for i, (name, call) in enumerate(calls.items())}
 
 
-def _rounds(shape: Shape, num_tokens: int) -> int:
+def rounds_of(shape: Shape, num_tokens: int) -> int:
     """About two seconds per way, between 7 and 90 rounds."""
     seconds = max(shape.mlp_bytes / 30e9, 6 * shape.hidden_size * shape.intermediate_size * num_tokens / 200e9)
     return max(7, min(90, math.ceil(2 / seconds)))
 
 
-def _check(calls: dict[str, Call], layer: Layer) -> None:
+def check(calls: dict[str, Call], layer: Layer) -> None:
+    """Raise ``RuntimeError`` if a way differs from the masked form (without it, from ToMoE's op)."""
     results = {name: call(layer) for name, call in calls.items() if name != "dense"}
-    expected = results.get("masked", results["shared"])
+    expected = results["masked" if "masked" in results else "shared"]
     for name, result in results.items():
         error = ((result - expected).square().mean().sqrt() / expected.square().mean().sqrt()).item()
         if not error < 1e-5:

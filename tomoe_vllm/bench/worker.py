@@ -4,9 +4,11 @@
 
 Each line on standard input is a JSON object, each answer one on standard output. ``{"prompt_tokens": n, "batch": b,
 "new_tokens": m}`` starts sequences: ``first_s`` is the time from the first request until every sequence has a
-token. ``{"step": 1}`` gives every sequence one more: ``step_s``. An empty object asks for memory only.
+token. ``{"step": 1}`` gives every sequence one more: ``step_s``. ``{"trim": 1}`` gives freed memory back to the system
+first. All answers carry the memory; an empty object asks for no more.
 """
 
+import ctypes
 import json
 import os
 import sys
@@ -75,6 +77,12 @@ class Worker:
         return {"step_s": time.perf_counter() - begin}
 
 
+def trim() -> dict:
+    """Have glibc give back what is free, which ``engine.ALLOCATOR`` told it to keep."""
+    ctypes.CDLL(None).malloc_trim(0)
+    return {}
+
+
 def main() -> None:
     """Answer until standard input ends."""
     os.environ.update(ENVIRONMENT)
@@ -84,7 +92,12 @@ def main() -> None:
     print(json.dumps(memory()), file=answers, flush=True)
     for line in sys.stdin:
         task = json.loads(line)
-        result = worker.step() if "step" in task else worker.start(**task) if task else {}
+        if "step" in task:
+            result = worker.step()
+        elif "trim" in task:
+            result = trim()
+        else:
+            result = worker.start(**task) if task else {}
         print(json.dumps(result | memory()), file=answers, flush=True)
     os._exit(0)  # vLLM's threads now and then outlive the interpreter, which then aborts
 

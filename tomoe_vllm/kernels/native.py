@@ -57,7 +57,7 @@ def build(isa: str | None = None) -> Path:
     cxx = compiler()
     if cxx is None:
         raise BuildError("no C++ compiler was found (install g++, or set CXX)")
-    flags = [*FLAGS, *ISA_FLAGS.get(isa or torch.backends.cpu.get_cpu_capability(), ())]
+    flags = flags_of(isa)
     sources = sorted(SOURCES.glob("*/cpu.cpp"))
     version = subprocess.run([cxx, "--version"], capture_output=True, text=True).stdout
     key = hashlib.sha256(" ".join([version, torch.__version__, *flags]).encode())
@@ -70,13 +70,22 @@ def build(isa: str | None = None) -> Path:
         with (folder / "build.lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if not library.exists():
-                _compile(cxx, flags, sources, library)
+                compile_library(cxx, flags, sources, library)
     except OSError as error:
         raise BuildError(f"{folder} cannot be written ({error}); set TOMOE_CACHE_ROOT to a folder that can") from error
     return library
 
 
-def _compile(cxx: str, flags: list[str], sources: list[Path], library: Path) -> None:
+def flags_of(isa: str | None = None) -> list[str]:
+    """The compiler's flags for ``isa`` (default: this CPU's)."""
+    return [*FLAGS, *ISA_FLAGS.get(isa or torch.backends.cpu.get_cpu_capability(), ())]
+
+
+def compile_library(cxx: str, flags: list[str], sources: list[Path], library: Path) -> None:
+    """Compile ``sources`` into ``library``, which appears whole or not at all.
+
+    Raises :class:`BuildError` with the compiler's first complaint.
+    """
     torch_folder = Path(torch.__file__).parent
     # torch's own OpenMP runtime has the same name as the compiler's and is loaded already: both share its threads.
     links = [f"-I{torch_folder / 'include'}", f"-L{torch_folder / 'lib'}", "-ltorch_cpu"]

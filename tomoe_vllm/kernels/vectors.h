@@ -11,13 +11,13 @@
 
 namespace tomoe {
 
-// What was measured best on each: sizes of tiles; tokens of an expert and of a pass up to which W_down is streamed; tokens
-// of an expert from which they lie in lanes (expert_mlp/).
+// What was measured best on each: the sizes of tiles, and the tokens of a pass up to which W_down is streamed as long as
+// no expert has more than kStreamedTokens (expert_mlp/down.h).
 #ifdef __AVX512F__
 // 32 registers: a tile of 24 sums (or factors, in streamed ones) leaves room for its operands.
 constexpr int kWidth = 16, kTileSums = 24, kDotTokens = 4, kDotRows = 6, kLoneDotRows = 12, kLaneVecs = 4, kLaneRows = 6;
 constexpr int kStreamedTokens = 3, kMaxStreamedRows = 16, kDownTokens = 6, kDownVecs = 4;
-constexpr int kStreamedPass = 3, kStreamedExpert = 3, kLaneTokens = 64;
+constexpr int kStreamedPass = 3;
 using Vec = __m512;
 
 inline __mmask16 first_lanes(int64_t n) { return static_cast<__mmask16>((1u << n) - 1); }
@@ -43,15 +43,12 @@ inline void sum4(const Vec* v, float* out) {
 // 16 registers under AVX2: a tile of 12 sums leaves room for its operands.
 constexpr int kWidth = 8, kTileSums = 12, kDotTokens = 3, kDotRows = 4, kLoneDotRows = 6, kLaneVecs = 2, kLaneRows = 6;
 constexpr int kStreamedTokens = 3, kMaxStreamedRows = 8, kDownTokens = 6, kDownVecs = 2;
-constexpr int kStreamedPass = 1024, kStreamedExpert = 4, kLaneTokens = 32;
+constexpr int kStreamedPass = 1024;
 typedef float Vec __attribute__((vector_size(32)));
 
 inline Vec zero() { return Vec{}; }
-#ifdef __AVX2__
-inline Vec broadcast(float value) { return _mm256_set1_ps(value); }
-#else
-inline Vec broadcast(float value) { return Vec{} + value; }
-#endif
+// Not Vec{} + value: GCC then loads a scalar and broadcasts it from a register, on a port of the fmas.
+inline Vec broadcast(float value) { return Vec{value, value, value, value, value, value, value, value}; }
 inline Vec load(const float* p) { Vec v; std::memcpy(&v, p, sizeof v); return v; }
 inline Vec load_first(const float* p, int64_t n) { Vec v{}; std::memcpy(&v, p, n * sizeof(float)); return v; }
 inline void store(float* p, Vec v) { std::memcpy(p, &v, sizeof v); }

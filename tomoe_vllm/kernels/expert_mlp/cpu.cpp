@@ -94,7 +94,7 @@ void run_pass(const Problem& p, const int64_t* expert_ids, int64_t first, int64_
     const int64_t begin = num_vecs * thread / team * kWidth;
     const int64_t end = std::min(num_vecs * (thread + 1) / team * kWidth, p.depth);
     if (begin < end) {
-      if (count <= kStreamedPass && sorted.most_tokens <= kStreamedExpert) down_streamed(p, sorted, h, begin, end);
+      if (count <= kStreamedPass && sorted.most_tokens <= kStreamedTokens) down_streamed(p, sorted, h, begin, end);
       else down_in_blocks(p, sorted, h, begin, end);
     }
   }

@@ -77,8 +77,10 @@ inline void down_streamed(const Problem& p, const Sorted& sorted, const float* h
     for (const Group& group : sorted.groups) {
       const List& list = group.neurons;
       const Rows rows = rows_in_block(list, n, n + block);
-      const int64_t num_tiles = ceil_div(group.count, kStreamedTokens);
-      const int per_tile = streamed_rows(ceil_div(group.count, num_tiles));
+      const float* hidden[kStreamedTokens];
+      float* y[kStreamedTokens];
+      for (int64_t t = 0; t < group.count; ++t) y[t] = p.out + sorted.order[group.first + t] * p.depth + begin;
+      const int per_tile = streamed_rows(group.count);
       for (int64_t i = rows.begin; i < rows.end; i += per_tile) {
         const int64_t num_rows = std::min<int64_t>(per_tile, rows.end - i);
         const float *w[kMaxStreamedRows], *next[kMaxStreamedRows];
@@ -87,16 +89,9 @@ inline void down_streamed(const Problem& p, const Sorted& sorted, const float* h
           w[r] = p.down + list.ids[i + r] * p.down_stride + begin;
           next[r] = p.down + list.ids[later] * p.down_stride + begin;
         }
-        for (int64_t tile = 0; tile < num_tiles; ++tile) {
-          const int64_t first = group.count * tile / num_tiles, tokens = group.count * (tile + 1) / num_tiles - first;
-          const float* hidden[kStreamedTokens];
-          float* y[kStreamedTokens];
-          for (int64_t j = 0; j < tokens; ++j) {
-            hidden[j] = h + group.hidden + (first + j) * group.token_stride + i * group.neuron_stride;
-            y[j] = p.out + sorted.order[group.first + first + j] * p.depth + begin;
-          }
-          stream_tile_of(tokens, num_rows)(w, next, hidden, group.neuron_stride, y, columns, i == 0);
-        }
+        for (int64_t t = 0; t < group.count; ++t)
+          hidden[t] = h + group.hidden + t * group.token_stride + i * group.neuron_stride;
+        stream_tile_of(group.count, num_rows)(w, next, hidden, group.neuron_stride, y, columns, i == 0);
       }
     }
 }

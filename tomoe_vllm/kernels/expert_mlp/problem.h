@@ -10,8 +10,9 @@ namespace tomoe {
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-constexpr int64_t kManyTokens = 16;  // tokens of an expert from which it takes its rows alone
-constexpr int64_t kLaneMultiple = 16;  // from kLaneTokens on, as many as this divides lie in lanes (up_in_lanes.h)
+constexpr int64_t kManyTokens = 16;  // tokens of an expert from which it takes its rows alone, and
+constexpr int64_t kLaneTokens = 64;  // from which they lie in lanes (up_in_lanes.h), as many as this divides:
+constexpr int64_t kLaneMultiple = 16;
 constexpr int64_t kLaneChunk = kLaneVecs * kWidth;  // tokens in lanes at a time
 
 struct Problem {

@@ -13,6 +13,7 @@ constexpr int64_t kMaxSlice = 2048;       // columns of x and weights at a time 
 constexpr int kMaxSlices = 32;            // so D is at most 65,536
 constexpr int64_t kTokenChunk = 32;       // tokens of one expert at a time: 256 KB of x beside a block of weights
 constexpr int64_t kRowByRowTokens = 8;    // up to so many tokens of an expert whole rows are taken
+static_assert(kLoneDotRows >= kDotRows, "arrays of a tile's rows have room for either");
 constexpr int kMaxNext = 24;              // rows that a tile may fetch: one token's tiles, the fewest, ask for 12 to 24
 
 // Activations of one token: ``projected`` is [rows_per_neuron, count].

@@ -1,0 +1,100 @@
+"""Is the CPU op faster than it was? Run: python benchmarks/op_versions.py 4fcd983 HEAD . --shape 1b --tokens 4 16 256
+
+The C++ of each commit (``.`` is the working tree) is built under a name of its own, and all of them, the dense MLP and
+vLLM's fused MoE are called in turn in one process: runs differ by a quarter on the same machine, turns do not. Each
+version is compared with the masked form before it is timed. Milliseconds a layer, medians; the last line is JSON.
+"""
+
+import argparse
+import io
+import json
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from tomoe_vllm.bench.measure import interleave, summary
+from tomoe_vllm.bench.op import Call, Layer, check, make_layers, rounds_of, walk
+from tomoe_vllm.bench.shapes import SHAPES
+from tomoe_vllm.kernels import native
+
+ROOT = Path(__file__).resolve().parent.parent
+KERNELS = "tomoe_vllm/kernels"
+OP = "expert_mlp"
+
+
+def sources_of(version: str, folder: Path) -> None:
+    """The kernels' folder of a commit, or of the working tree, as ``folder``."""
+    if version == ".":
+        shutil.copytree(ROOT / KERNELS, folder)
+        return
+    archive = subprocess.run(["git", "archive", version, KERNELS], cwd=ROOT, capture_output=True)
+    if archive.returncode:
+        sys.exit(f"git knows no {KERNELS} of {version!r}: {archive.stderr.decode().strip()}")
+    with tarfile.open(fileobj=io.BytesIO(archive.stdout)) as tar:
+        tar.extractall(folder.parent / "archive", filter="data")
+    (folder.parent / "archive" / KERNELS).rename(folder)
+
+
+def build(version: str, name: str, folder: Path) -> Callable[[Layer, Tensor, Tensor], Tensor]:
+    """The op of ``version``, registered as ``name::expert_mlp`` with the schema of today's."""
+    sources_of(version, folder / name)
+    sources = [folder / name / OP / "cpu.cpp"]
+    for file in [*(folder / name).rglob("*.h"), *sources]:
+        file.write_text(re.sub(r"\btomoe\b", name, file.read_text()))
+    cxx = native.compiler() or sys.exit("no C++ compiler was found")
+    native.compile_library(cxx, native.flags_of(), sources, folder / f"{name}.so")
+    schema = str(torch.ops.tomoe.expert_mlp.default._schema).removeprefix("tomoe::")
+    LIBRARIES.append(torch.library.Library(name, "FRAGMENT"))
+    LIBRARIES[-1].define(schema)
+    torch.ops.load_library(folder / f"{name}.so")
+    op = getattr(torch.ops, name).expert_mlp
+
+    def call(layer: Layer, x: Tensor, ids: Tensor) -> Tensor:
+        return op(x, ids, layer.up, None, layer.down, layer.masks, layer.neuron_ids, layer.widths, "silu", 0, 1)
+
+    return call
+
+
+LIBRARIES: list[torch.library.Library] = []
+"""Kept: an op is gone with its library."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("versions", nargs="+", help="commits; . is the working tree")
+    parser.add_argument("--shape", choices=SHAPES, default="1b")
+    parser.add_argument("--tokens", type=int, nargs="+", default=[1, 2, 4, 8, 16, 64, 256, 1024])
+    arguments = parser.parse_args()
+    shape = SHAPES[arguments.shape]
+    if not native.load():
+        sys.exit("the CPU kernels could not be compiled")
+    rows = []
+    with tempfile.TemporaryDirectory(prefix="tomoe-op-") as folder:
+        ops = {v: build(v, f"version{i}", Path(folder)) for i, v in enumerate(arguments.versions)}
+    layers = make_layers(shape, ("dense", "fused"))
+    generator = torch.Generator().manual_seed(1)
+    for num_tokens in arguments.tokens:
+        x = torch.randn(num_tokens, shape.hidden_size, generator=generator)
+        ids = torch.randint(shape.num_experts, (num_tokens,), generator=generator)
+        calls: dict[str, Call] = {"dense": lambda layer, x=x: layer.dense(x)}
+        calls["fused"] = lambda layer, x=x, ids=ids: layer.fused(x, ids)
+        calls |= {v: lambda layer, op=op, x=x, ids=ids: op(layer, x, ids) for v, op in ops.items()}
+        check(calls | {"masked": lambda layer, x=x, ids=ids: layer.masked(x, ids)}, layers[0])
+        samples = interleave(walk(calls, layers), rounds=rounds_of(shape, num_tokens), warm_up=2)
+        row = {name: summary(values, 1e3) for name, values in samples.items()}
+        rows.append({"num_tokens": num_tokens, "ms": row})
+        parts = [f"{name} {value['median']:.3f} (from {value['low']:.3f})" for name, value in row.items()]
+        print(f"{num_tokens:>5} tokens: {', '.join(parts)} ms", file=sys.stderr, flush=True)
+    print(json.dumps({"shape": arguments.shape, "num_threads": torch.get_num_threads(), "rows": rows}))
+
+
+if __name__ == "__main__":
+    main()
