@@ -24,6 +24,7 @@ from tomoe_vllm.bench.measure import interleave, summary
 from tomoe_vllm.bench.op import Call, Layer, check, make_layers, rounds_of, walk
 from tomoe_vllm.bench.shapes import SHAPES
 from tomoe_vllm.kernels import native
+from tomoe_vllm.kernels.expert_mlp.rows import empty_rows
 
 ROOT = Path(__file__).resolve().parent.parent
 KERNELS = "tomoe_vllm/kernels"
@@ -56,15 +57,19 @@ def build(version: str, name: str, folder: Path) -> Callable[[Layer, Tensor, Ten
     LIBRARIES[-1].define(schema)
     torch.ops.load_library(folder / f"{name}.so")
     op = getattr(torch.ops, name).expert_mlp
+    takes_panels = "panel" in (folder / name / OP / "problem.h").read_text()
 
     def call(layer: Layer, x: Tensor, ids: Tensor) -> Tensor:
-        return op(x, ids, layer.up, None, layer.down, layer.masks, layer.neuron_ids, layer.widths, "silu", 0, 1)
+        down = layer.down if takes_panels else DOWN_ROWS[layer]
+        return op(x, ids, layer.up, None, down, layer.masks, layer.neuron_ids, layer.widths, "silu", 0, 1)
 
     return call
 
 
 LIBRARIES: list[torch.library.Library] = []
 """Kept: an op is gone with its library."""
+DOWN_ROWS: dict[Layer, Tensor] = {}
+"""W_down of each layer as one row per neuron, which versions before 2026-11-26 take."""
 
 
 def main() -> None:
@@ -80,6 +85,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="tomoe-op-") as folder:
         ops = {v: build(v, f"version{i}", Path(folder)) for i, v in enumerate(arguments.versions)}
     layers = make_layers(shape, ("dense", "fused"))
+    for layer in layers:
+        DOWN_ROWS[layer] = empty_rows(len(layer.down), shape.hidden_size).copy_(layer.down.flatten(1))
     generator = torch.Generator().manual_seed(1)
     for num_tokens in arguments.tokens:
         x = torch.randn(num_tokens, shape.hidden_size, generator=generator)

@@ -1,12 +1,17 @@
 """The expert MLP: each of its ways through the weights against the plain-torch reference."""
 
+import re
+from pathlib import Path
+
+import psutil
 import pytest
 import torch
 
 from tests.helpers.compare import assert_close, relative_rms
 from tomoe_vllm.kernels import native
-from tomoe_vllm.kernels.expert_mlp import expert_mlp, neuron_lists, row_padding
+from tomoe_vllm.kernels.expert_mlp import expert_mlp, require_weights
 from tomoe_vllm.kernels.expert_mlp.reference import expert_mlp_reference
+from tomoe_vllm.kernels.expert_mlp.rows import HUGE_PAGE, empty_panels, empty_rows, neuron_lists, neuron_order
 from tomoe_vllm.kernels.expert_mlp.thresholds import Thresholds, load_thresholds
 
 THRESHOLDS = Thresholds(gather_tokens=0, grouped_tokens=1)
@@ -27,11 +32,15 @@ def threads(request):
     torch.set_num_threads(before)
 
 
-def make_case(tokens, hidden, neurons, experts, *, is_gated=True, has_bias=False, expert=None, keep=0.5, seed=0):
+def make_case(
+    tokens, hidden, neurons, experts, *, is_gated=True, has_bias=False, expert=None, keep=0.5, seed=0, is_ordered=False
+):
     """Arguments of expert_mlp, without the activation. Experts keep different numbers of neurons."""
     generator = torch.Generator().manual_seed(seed)
     rows = neurons * (1 + is_gated)
     masks = (torch.rand(experts, neurons, generator=generator) < keep).float()
+    if is_ordered:
+        masks = masks[:, neuron_order(masks)]
     ids = torch.randint(experts, (tokens,), generator=generator)
     if expert is not None:
         ids.fill_(expert)
@@ -72,6 +81,13 @@ CASES = [
     pytest.param({"tokens": 19, "hidden": 2100, "neurons": 40, "experts": 3}, id="more columns than a slice of k"),
     pytest.param({"tokens": 5, "hidden": 64, "neurons": 96, "experts": 8, "keep": 1.0}, id="every neuron kept"),
     pytest.param({"tokens": 17, "hidden": 96, "neurons": 700, "experts": 4}, id="many blocks, next one fetched"),
+    *(
+        pytest.param(
+            {"tokens": tokens, "hidden": 96, "neurons": 700, "experts": 5, "is_ordered": True},
+            id=f"experts without a neuron in some blocks, {tokens} tokens",
+        )
+        for tokens in (1, 4, 17, 150, 400)
+    ),
     pytest.param({"tokens": 9, "hidden": 4100, "neurons": 30, "experts": 2}, id="three slices of columns"),
 ]
 
@@ -96,10 +112,11 @@ def test_activations_gates_and_biases(tokens, activation, is_gated, has_bias):
     assert_close(run(case, activation), expected_output(case, activation), 1e-5)
 
 
+@pytest.mark.parametrize("is_ordered", [False, True])
 @pytest.mark.parametrize("experts", [8, 1], ids=["experts in turn", "one expert, many tokens"])
-def test_a_token_does_not_depend_on_its_batch_not_even_in_the_last_bit(experts, threads):
+def test_a_token_does_not_depend_on_its_batch_not_even_in_the_last_bit(experts, threads, is_ordered):
     """While its expert has fewer tokens than are laid out in lanes."""
-    case = make_case(50, 1100, 130, experts)
+    case = make_case(50, 1100, 130, experts, is_ordered=is_ordered)
     whole = run(case)
     for size in (1, 2, 5, 13, 50):
         parts = [run([case[0][t : t + size], case[1][t : t + size], *case[2:]]) for t in range(0, len(whole), size)]
@@ -115,7 +132,28 @@ def test_rows_may_lie_apart(hidden):
     case = make_case(6, hidden, 96, 8)
     up, down = (torch.full((len(rows), hidden + 16), torch.nan)[:, :hidden].copy_(rows) for rows in (case[2], case[4]))
     assert torch.equal(run([*case[:2], up, case[3], down, *case[5:]]), run(case))
-    assert (row_padding(576), row_padding(2048)) == (0, 16)
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 40, 150, 400])
+@pytest.mark.parametrize(("hidden", "width"), [(96, 48), (192, 64), (160, 32), (240, 240)])
+def test_w_down_may_come_in_panels(tokens, hidden, width, threads):
+    case = make_case(tokens, hidden, 600, 3, is_ordered=True)
+    panels = case[4].unflatten(1, (hidden // width, width)).transpose(0, 1).contiguous().transpose(0, 1)
+    in_panels = [*case[:4], panels, *case[5:]]
+    assert torch.equal(run(in_panels), run(case))
+    assert_close(run(in_panels), expected_output(case), 1e-5)
+    require_weights(*in_panels[2:], "silu")
+
+
+@pytest.mark.parametrize(
+    ("hidden", "threads", "panels"), [(576, 2, 12), (576, 3, 9), (2048, 2, 32), (576, 64, 9), (50, 2, 0), (96, 2, 2)]
+)
+def test_every_thread_has_its_share_of_panels(monkeypatch, hidden, threads, panels):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    rows = empty_panels(7, hidden)
+    assert rows.shape == ((7, panels, hidden // panels) if panels else (7, hidden))
+    assert not panels or rows[:, 0].is_contiguous()
+    assert torch.equal(rows.fill_(2).flatten(1), torch.full((7, hidden), 2.0))
 
 
 def test_strided_input_is_taken():
@@ -211,10 +249,23 @@ def test_neuron_lists_are_sorted_and_padded_with_a_valid_row():
     assert ids.max() < 4
 
 
+def test_order_of_neurons_gives_experts_few_runs():
+    generator = torch.Generator().manual_seed(4)
+    masks = (torch.rand(8, 2000, generator=generator) < 0.5).float()
+    order = neuron_order(masks)
+    assert order.sort().values.tolist() == list(range(2000))
+    starts = (masks[:, order].diff(dim=1) == 1).sum(dim=1)
+    assert (masks.diff(dim=1) == 1).sum(dim=1).min() > 400
+    assert all(starts <= torch.tensor([1, 1, 2, 4, 8, 16, 32, 64]))  # the bits of a Gray code
+    gray = [0b000, 0b001, 0b011, 0b010, 0b110, 0b111, 0b101, 0b100]
+    codes = torch.tensor([[code >> bit & 1 for code in sorted(gray)] for bit in (2, 1, 0)])
+    assert neuron_order(codes).tolist() == gray
+    assert neuron_order(torch.ones(300, 4)).tolist() == [0, 1, 2, 3]  # equal ones stay as they are, of any number
+
+
 @pytest.mark.parametrize(
     ("index", "change", "message"),
     [
-        (0, lambda t: t[:, :60], r"hidden_states has 60 columns; the weights have 64"),
         (2, lambda t: t[:100], r"up_weight is \[100, 64\]; .* \[192, 64\] \(gate and up\) or \[96, 64\]"),
         (5, lambda t: t[:, :90], r"expert_masks is \[8, 90\]"),
     ],
@@ -223,7 +274,13 @@ def test_shapes_that_do_not_belong_together_are_refused(index, change, message):
     case = make_case(5, 64, 96, 8)
     case[index] = change(case[index])
     with pytest.raises(ValueError, match=message):
-        expert_mlp(*case, "silu", THRESHOLDS)
+        require_weights(*case[2:], "silu")
+
+
+def test_tokens_of_another_width_are_refused():
+    case = make_case(5, 64, 96, 8)
+    with pytest.raises(ValueError, match=r"hidden_states has 60 columns; the weights have 64"):
+        expert_mlp(case[0][:, :60], *case[1:], "silu", THRESHOLDS)
 
 
 def test_what_the_kernel_cannot_read_is_refused():
@@ -232,6 +289,8 @@ def test_what_the_kernel_cannot_read_is_refused():
         run([case[0], torch.tensor([0, 1, 8, 0, 0]), *case[2:]])
     with pytest.raises(RuntimeError, match="takes float32"):
         run([case[0].bfloat16(), *case[1:]])
+    with pytest.raises(RuntimeError, match="must have the 64 columns of hidden_states"):
+        run([*case[:4], case[4][:, :60], *case[5:]])
 
 
 def test_without_a_compiler_it_says_so_and_stays_in_torch(monkeypatch, caplog):
@@ -269,13 +328,42 @@ def test_thresholds_of_this_device_are_read_from_the_named_folder(monkeypatch, t
         load_thresholds.cache_clear()
 
 
-@pytest.mark.parametrize("num_floats", [1, 1000, 3 << 20])
-def test_huge_pages_are_asked_for_without_touching_the_tensor(num_floats):
-    from tomoe_vllm.kernels.native import prefer_huge_pages
+@pytest.mark.parametrize(("hidden", "stride"), [(576, 576), (2048, 2064), (96, 96)])
+@pytest.mark.parametrize("num_rows", [1, 3000])
+def test_rows_of_weights_lie_apart_and_on_huge_pages(num_rows, hidden, stride):
+    rows = empty_rows(num_rows, hidden)
+    assert (rows.shape, rows.stride(0), rows.dtype) == ((num_rows, hidden), stride, torch.float32)
+    others = [empty_rows(5, 48).fill_(7) for _ in range(3)]
+    assert torch.equal(rows.fill_(3), torch.full((num_rows, hidden), 3.0))
+    assert all(torch.equal(other, torch.full((5, 48), 7.0)) for other in others)
+    assert {tensor.data_ptr() % 64 for tensor in [rows, *others]} == {0}
+    with torch.device("meta"):
+        assert empty_rows(2, 64).is_meta
+        assert empty_panels(2, 64).is_meta
 
-    tensor = torch.arange(num_floats, dtype=torch.float32)
-    assert prefer_huge_pages(tensor) is tensor
-    assert torch.equal(tensor, torch.arange(num_floats, dtype=torch.float32))
+
+def test_weights_lie_on_huge_pages():
+    modes = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    if not modes.exists() or "[never]" in modes.read_text():
+        pytest.skip("Linux gives no huge pages here")
+    empty_rows(1, 2048)  # which is gone, and its memory with it
+    rows = empty_rows(4096, 2048).fill_(1)
+    num_bytes = rows.shape[0] * rows.stride(0) * 4
+    assert num_bytes <= bytes_in_huge_pages(rows) < num_bytes + HUGE_PAGE
+    before = psutil.Process().memory_info().rss
+    del rows
+    assert before - psutil.Process().memory_info().rss >= num_bytes
+
+
+def bytes_in_huge_pages(tensor) -> int:
+    """Of the mappings that ``tensor`` lies in."""
+    total, is_its = 0, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if match := re.match("([0-9a-f]+)-([0-9a-f]+) ", line):
+            is_its = int(match[1], 16) <= tensor.data_ptr() < int(match[2], 16)
+        elif is_its and line.startswith("AnonHugePages"):
+            total += int(line.split()[1]) * 1024
+    return total
 
 
 @pytest.mark.parametrize("tokens", [1, 70])

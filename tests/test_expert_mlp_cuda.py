@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from tests.helpers.compare import assert_close
-from tomoe_vllm.kernels.expert_mlp import neuron_lists, path_of, verdict
+from tomoe_vllm.kernels.expert_mlp import path_of, verdict
 from tomoe_vllm.kernels.expert_mlp.reference import expert_mlp_reference
+from tomoe_vllm.kernels.expert_mlp.rows import neuron_lists
 from tomoe_vllm.kernels.expert_mlp.thresholds import Thresholds
 
 cuda = pytest.importorskip("tomoe_vllm.kernels.expert_mlp.cuda", reason="triton is not installed", exc_type=ImportError)

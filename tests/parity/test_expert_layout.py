@@ -7,7 +7,9 @@ from tests.helpers.tiny_models import save_tiny_model
 from tests.parity.conftest import make_prompts, max_logprob_difference, start_engine
 from tests.parity.test_families import LOGPROB_LIMIT
 from tests.parity.test_loading import loading_error
+from tomoe_vllm.hf.tomoe_math import pack_signature
 from tomoe_vllm.kernels import native
+from tomoe_vllm.kernels.expert_mlp.rows import neuron_order
 
 pytestmark = pytest.mark.engine
 
@@ -22,14 +24,26 @@ def mlp_class(engine) -> str:
     return engine.inspect(lambda model: type(model.model.layers[0].mlp).__name__)
 
 
+def neurons_are_in_order(model) -> bool:
+    """Whether each gate has its neurons in the order that the kernels like, and its signature says the same."""
+    gates = [layer.mlp.expert_gate for layer in model.model.layers]
+    return all(
+        neuron_order(gate.expert_masks).tolist() == list(range(gate.expert_masks.shape[1]))
+        and torch.equal(gate.signature, pack_signature(gate.expert_masks != 0))
+        for gate in gates
+    )
+
+
 @pytest.mark.parametrize("family", ["llama", "phi"])
 def test_float32_on_a_cpu_takes_the_shared_layout_and_both_agree(tmp_path, prompts, family):
     model = save_tiny_model(tmp_path, family)
     with start_engine(tmp_path) as engine:
         assert mlp_class(engine) == "ToMoESharedMLP"
+        assert engine.inspect(neurons_are_in_order)
         shared = engine.complete(prompts[:6])
     with start_engine(tmp_path, hf_overrides={"expert_layout": "masked"}) as engine:
         assert mlp_class(engine) == "ToMoEMaskedMLP"
+        assert not engine.inspect(neurons_are_in_order)  # nor need they be: the checkpoint's order
         masked = engine.complete(prompts[:6])
     assert [c.tokens for c in shared] == [c.tokens for c in masked]
     assert max_logprob_difference(model, shared) < LOGPROB_LIMIT

@@ -23,7 +23,8 @@ from tomoe_vllm.bench.measure import gemm_rate, interleave, read_bandwidth, summ
 from tomoe_vllm.bench.shapes import Shape
 from tomoe_vllm.kernels import native
 from tomoe_vllm.kernels.expert_activation import expert_activation
-from tomoe_vllm.kernels.expert_mlp import expert_mlp, neuron_lists, row_padding
+from tomoe_vllm.kernels.expert_mlp import expert_mlp
+from tomoe_vllm.kernels.expert_mlp.rows import empty_panels, empty_rows, neuron_lists, neuron_order
 from tomoe_vllm.kernels.expert_mlp.thresholds import load_thresholds
 
 NUM_TOKENS = (1, 2, 4, 8, 16, 64, 256, 1024)
@@ -38,18 +39,20 @@ class Layer:
         from vllm import _custom_ops as ops
 
         hidden, neurons, width = shape.hidden_size, shape.intermediate_size, shape.expert_width
-        self.up = _random_rows(2 * neurons, hidden, generator).mul_(hidden**-0.5)
-        self.down = _random_rows(neurons, hidden, generator).mul_(neurons**-0.5)
+        self.up = empty_rows(2 * neurons, hidden).normal_(0, hidden**-0.5, generator=generator)
+        self.down = empty_panels(neurons, hidden).normal_(0, neurons**-0.5, generator=generator)
         order = torch.rand(shape.num_experts, neurons, generator=generator).argsort(dim=1)
-        self.masks = torch.zeros(shape.num_experts, neurons).scatter_(1, order[:, :width], 1.0)
+        masks = torch.zeros(shape.num_experts, neurons).scatter_(1, order[:, :width], 1.0)
+        self.masks = masks[:, neuron_order(masks)]  # the layer orders weights too; these are random anyway
         self.neuron_ids, self.widths = neuron_lists(self.masks)
+        down = self.down.flatten(1)
         self.packed_up = ops.create_onednn_mm(self.up.contiguous().t(), 32)
-        self.packed_down = ops.create_onednn_mm(self.down.contiguous(), 32)
+        self.packed_down = ops.create_onednn_mm(down, 32)
         if "fused" in ways:
             padding = -width % 32  # the kernel takes whole multiples, and vLLM pads in the same way
             gate, up, down = (
                 F.pad(torch.stack([rows[ids] for ids in self.neuron_ids.long()]), (0, 0, 0, padding))
-                for rows in (self.up[:neurons], self.up[neurons:], self.down)
+                for rows in (self.up[:neurons], self.up[neurons:], down)
             )
             self.w13 = ops.cpu_prepack_moe_weight(torch.cat([gate, up], dim=1), "vec")
             self.w2 = ops.cpu_prepack_moe_weight(down.mT.contiguous(), "vec")
@@ -80,12 +83,6 @@ class Layer:
         weights = torch.ones(len(x), 1)
         ops.cpu_fused_moe(output, x, self.w13, self.w2, None, None, weights, expert_ids[:, None].int(), "silu", "vec")
         return output
-
-
-def _random_rows(rows: int, columns: int, generator: torch.Generator) -> Tensor:
-    """As the layer allocates its weights."""
-    apart = native.prefer_huge_pages(torch.empty(rows, columns + row_padding(columns)))
-    return apart[:, :columns].normal_(generator=generator)
 
 
 Call = Callable[[Layer], Tensor]

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from tomoe_vllm.bench.shapes import Shape
-from tomoe_vllm.kernels.expert_mlp import neuron_lists
+from tomoe_vllm.kernels.expert_mlp.rows import neuron_lists
 from tomoe_vllm.kernels.expert_mlp.thresholds import Thresholds, device_name
 
 NUM_TOKENS = (1, 2, 3, 4, 6, 8, 128, 192, 256, 384, 512, 640, 768, 1024, 1536, 2048, 4096)

@@ -6,11 +6,9 @@ sources, flags, compiler and torch, so a stale one is never loaded. Where there 
 every op keeps its plain-torch form.
 """
 
-import ctypes
 import fcntl
 import hashlib
 import logging
-import mmap
 import os
 import shutil
 import subprocess
@@ -29,7 +27,6 @@ ISA_FLAGS = {
     "AVX2": ("-mavx2", "-mfma"),
 }
 """By what torch says of this CPU; elsewhere the compiler's portable vectors."""
-HUGE_PAGE = 2 << 20
 
 
 class BuildError(RuntimeError):
@@ -99,20 +96,6 @@ def compile_library(cxx: str, flags: list[str], sources: list[Path], library: Pa
             ]
             raise BuildError(f"{cxx} failed: {lines[0].strip()}")
         target.replace(library)
-
-
-def prefer_huge_pages(tensor: torch.Tensor) -> torch.Tensor:
-    """Ask Linux for 2 MB pages under a CPU tensor that nothing was written to yet; returns it.
-
-    An expert's rows lie scattered over the whole matrix, two 4 KB pages each: with small pages a token waits for the
-    address translation of every row (docs/performance.md has the figures). A request without effect elsewhere.
-    """
-    if tensor.device.type == "cpu" and hasattr(mmap, "MADV_HUGEPAGE"):
-        start = -(-tensor.data_ptr() // HUGE_PAGE) * HUGE_PAGE
-        size = (tensor.data_ptr() + tensor.nbytes - start) // HUGE_PAGE * HUGE_PAGE
-        if size > 0:
-            ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(size), mmap.MADV_HUGEPAGE)
-    return tensor
 
 
 @cache

@@ -11,13 +11,11 @@
 
 namespace tomoe {
 
-// What was measured best on each: the sizes of tiles, and the tokens of a pass up to which W_down is streamed as long as
-// no expert has more than kStreamedTokens (expert_mlp/down.h).
+// What was measured best on each: the sizes of tiles.
 #ifdef __AVX512F__
-// 32 registers: a tile of 24 sums (or factors, in streamed ones) leaves room for its operands.
-constexpr int kWidth = 16, kTileSums = 24, kDotTokens = 4, kDotRows = 6, kLoneDotRows = 12, kLaneVecs = 4, kLaneRows = 6;
-constexpr int kStreamedTokens = 3, kMaxStreamedRows = 16, kDownTokens = 6, kDownVecs = 4;
-constexpr int kStreamedPass = 3;
+// 32 registers: a tile of 24 sums leaves room for its operands.
+constexpr int kWidth = 16, kDotTokens = 4, kDotRows = 6, kLoneDotRows = 12, kLaneVecs = 4, kLaneRows = 6;
+constexpr int kDownTokens = 6, kDownVecs = 4;
 using Vec = __m512;
 
 inline __mmask16 first_lanes(int64_t n) { return static_cast<__mmask16>((1u << n) - 1); }
@@ -41,9 +39,8 @@ inline void sum4(const Vec* v, float* out) {
 }
 #else
 // 16 registers under AVX2: a tile of 12 sums leaves room for its operands.
-constexpr int kWidth = 8, kTileSums = 12, kDotTokens = 3, kDotRows = 4, kLoneDotRows = 6, kLaneVecs = 2, kLaneRows = 6;
-constexpr int kStreamedTokens = 3, kMaxStreamedRows = 8, kDownTokens = 6, kDownVecs = 2;
-constexpr int kStreamedPass = 1024;
+constexpr int kWidth = 8, kDotTokens = 3, kDotRows = 4, kLoneDotRows = 8, kLaneVecs = 2, kLaneRows = 6;
+constexpr int kDownTokens = 6, kDownVecs = 2;
 typedef float Vec __attribute__((vector_size(32)));
 
 inline Vec zero() { return Vec{}; }

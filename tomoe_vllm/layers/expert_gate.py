@@ -8,7 +8,7 @@ from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_pa
 from vllm.model_executor.utils import set_weight_attrs
 
 from tomoe_vllm.hf.tomoe_math import pack_signature, unpack_signature
-from tomoe_vllm.kernels.expert_mlp import neuron_lists
+from tomoe_vllm.kernels.expert_mlp.rows import neuron_lists
 from tomoe_vllm.kernels.route import route
 
 STATISTICS_SETTING = "tomoe_expert_statistics"
@@ -85,6 +85,12 @@ class ToMoEExpertGate(nn.Module):
         num_local = parameter.shape[0]
         parameter.data.copy_(loaded.narrow(0, self.start, num_local))
         self.expert_masks.copy_(masks.narrow(1, self.start, num_local))
+        self.neuron_ids, self.widths = neuron_lists(self.expert_masks)
+
+    def reorder(self, order: Tensor) -> None:
+        """Put the neurons into another order, as somebody does with their weights. ``order``: [F / tp] int64."""
+        self.signature.data.copy_(self.signature[order])
+        self.expert_masks.copy_(self.expert_masks[:, order])
         self.neuron_ids, self.widths = neuron_lists(self.expert_masks)
 
     def forward(self, hidden_states: Tensor) -> Tensor:

@@ -5,17 +5,16 @@ from torch import Tensor, nn
 from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
 from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 from vllm.model_executor.utils import set_weight_attrs
-from vllm.platforms import current_platform
 
-from tomoe_vllm.kernels.expert_mlp import row_padding
-from tomoe_vllm.kernels.native import prefer_huge_pages
+from tomoe_vllm.kernels.expert_mlp.rows import empty_panels, empty_rows
 
 
 class NeuronRows(nn.Module):
     """This rank's neurons of a projection, as rows.
 
-    ``weight``: [parts * F / tp, D]; part 0 is the gate, part 1 up, where both are one module. ``bias``: one value per
-    row, or, of a transposed projection (W_down), per output: [D], held by every rank. ``is_staged``: all neurons on
+    ``weight``: [parts * F / tp, D]; part 0 is the gate, part 1 up, where both are one module. On a CPU that of a
+    transposed projection (W_down) is [F / tp, panels, D / panels]. ``bias``: one value per row, or, of W_down, per
+    output: [D], held by every rank. ``is_staged``: all neurons on
     every rank, in host memory, for a layer that makes something else of them.
     """
 
@@ -30,14 +29,16 @@ class NeuronRows(nn.Module):
         is_staged: bool = False,
     ) -> None:
         super().__init__()
-        self.num_neurons = num_neurons
+        self.num_neurons, self.hidden_size = num_neurons, hidden_size
         self.num_local = num_neurons if is_staged else num_neurons // get_tensor_model_parallel_world_size()
         self.start = 0 if is_staged else get_tensor_model_parallel_rank() * self.num_local
         device = "cpu" if is_staged else None
         self.is_transposed = is_transposed
         num_rows = num_parts * self.num_local
-        padding = row_padding(hidden_size) if current_platform.is_cpu() else 0
-        rows = prefer_huge_pages(torch.empty(num_rows, hidden_size + padding, device=device))[:, :hidden_size]
+        if is_staged:
+            rows = torch.empty(num_rows, hidden_size, device=device)
+        else:
+            rows = (empty_panels if is_transposed else empty_rows)(num_rows, hidden_size)
         self.weight = nn.Parameter(rows, requires_grad=False)
         set_weight_attrs(self.weight, {"weight_loader": self._load_weight})
         self.bias: nn.Parameter | None = None
@@ -57,11 +58,18 @@ class NeuronRows(nn.Module):
 
     def _place(self, parameter: nn.Parameter, rows: Tensor, part: int) -> None:
         """Copy this rank's neurons into part ``part`` (vLLM's mapper sets it: 0 the gate, 1 up)."""
-        expected = [self.num_neurons, *parameter.shape[1:]]
+        expected = [self.num_neurons, self.hidden_size][: rows.ndim]  # a bias has no columns
         if list(rows.shape) != expected:
             raise ValueError(
                 f"a tensor of the MLP has {list(rows.shape)} (neurons first); config.json says {expected}. "
                 "Export the checkpoint again"
             )
         target = parameter.data.narrow(0, part * self.num_local, self.num_local)
-        target.copy_(rows.narrow(0, self.start, self.num_local))
+        target.copy_(rows.narrow(0, self.start, self.num_local).reshape(target.shape))
+
+    def reorder(self, order: Tensor) -> None:
+        """Put this rank's neurons into another order: a copy of one part at a time. ``order``: [F / tp] int64."""
+        per_row = [self.weight] if self.is_transposed or self.bias is None else [self.weight, self.bias]
+        for parameter in per_row:
+            for part in parameter.data.split(self.num_local):
+                part.copy_(part[order])

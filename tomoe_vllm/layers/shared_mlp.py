@@ -9,8 +9,8 @@ from transformers import PreTrainedConfig
 from vllm.distributed import get_tensor_model_parallel_world_size, tensor_model_parallel_all_reduce
 
 from tomoe_vllm.hf.configuration_tomoe import block_shape
-from tomoe_vllm.kernels.expert_activation import require_activation
-from tomoe_vllm.kernels.expert_mlp import expert_mlp, path_of
+from tomoe_vllm.kernels.expert_mlp import expert_mlp, path_of, require_weights
+from tomoe_vllm.kernels.expert_mlp.rows import neuron_order
 from tomoe_vllm.kernels.expert_mlp.thresholds import load_thresholds
 from tomoe_vllm.layers.expert_gate import ToMoEExpertGate
 from tomoe_vllm.layers.neuron_rows import NeuronRows
@@ -24,7 +24,6 @@ class ToMoESharedMLP(nn.Module):
 
     def __init__(self, config: PreTrainedConfig, layer_idx: int, *, has_bias: bool, prefix: str) -> None:
         super().__init__()
-        require_activation(config.hidden_act)
         self.activation = config.hidden_act
         self.is_gated = block_shape(config).num_mlp_matrices == 3
         self.tp_size = get_tensor_model_parallel_world_size()
@@ -34,14 +33,29 @@ class ToMoESharedMLP(nn.Module):
         first, second = ("gate_up_proj", "down_proj") if self.is_gated else ("fc1", "fc2")
         self.add_module(first, NeuronRows(*sizes, num_parts=1 + self.is_gated, has_bias=has_bias))
         self.add_module(second, NeuronRows(*sizes, has_bias=has_bias, is_transposed=True))
+        up, down = self.projections
+        gate = self.expert_gate
+        lists = gate.expert_masks, gate.neuron_ids, gate.widths
+        require_weights(up.weight, up.bias, down.weight, *lists, self.activation)
 
     def step_path(self, num_tokens: int) -> str:
         """The way a step of ``num_tokens`` takes through the weights: ``shared_`` and the op's name for it."""
         return f"shared_{path_of(num_tokens, self.thresholds, self.expert_gate.widths.device.type)}"
 
+    @property
+    def projections(self) -> tuple[NeuronRows, NeuronRows]:
+        """W_gate and W_up, and W_down."""
+        return (self.gate_up_proj, self.down_proj) if self.is_gated else (self.fc1, self.fc2)
+
+    def order_neurons(self) -> None:
+        """Bring each expert's neurons together, which the CPU's kernels read faster; once the checkpoint is read."""
+        order = neuron_order(self.expert_gate.expert_masks)
+        for rows in (self.expert_gate, *self.projections):
+            rows.reorder(order)
+
     def forward(self, hidden_states: Tensor) -> Tensor:
         """[T, D] -> [T, D]."""
-        up, down = (self.gate_up_proj, self.down_proj) if self.is_gated else (self.fc1, self.fc2)
+        up, down = self.projections
         gate = self.expert_gate
         output = expert_mlp(
             hidden_states,

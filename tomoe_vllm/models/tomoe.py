@@ -31,12 +31,14 @@ from vllm.model_executor.models.utils import (
     make_layers,
     maybe_prefix,
 )
+from vllm.platforms import current_platform
 from vllm.sequence import IntermediateTensors
 
 from tomoe_vllm.hf.configuration_tomoe import base_model_type
 from tomoe_vllm.layers.attention import ToMoEAttention
 from tomoe_vllm.layers.expert_mlp import make_expert_mlp
 from tomoe_vllm.layers.layernorm import ToMoELayerNorm
+from tomoe_vllm.layers.shared_mlp import ToMoESharedMLP
 from tomoe_vllm.models.strict_loading import load_strictly
 
 
@@ -244,7 +246,7 @@ class ToMoEForCausalLM(nn.Module, SupportsLoRA, SupportsPP, SupportsQuant):
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """Place every tensor of the checkpoint exactly once; ``ValueError`` names what does not fit."""
-        return load_strictly(
+        loaded = load_strictly(
             self,
             weights,
             mapper=self.hf_to_vllm_mapper,
@@ -252,3 +254,8 @@ class ToMoEForCausalLM(nn.Module, SupportsLoRA, SupportsPP, SupportsQuant):
             is_tied=self.config.tie_word_embeddings,
             is_quantized=self.quant_config is not None,
         )
+        if current_platform.is_cpu():
+            for module in self.modules():
+                if isinstance(module, ToMoESharedMLP):
+                    module.order_neurons()
+        return loaded

@@ -11,6 +11,8 @@ Versions: plain torch (``reference.py``, the truth, any device and dtype), C++ f
 from the moment ``kernels.native.load()`` succeeds). A CUDA version registers itself the same way, for key "CUDA".
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -39,6 +41,7 @@ def _reference(
     gather_tokens: int,
     grouped_tokens: int,
 ) -> Tensor:
+    down_weight = down_weight.flatten(1)
     return expert_mlp_reference(hidden_states, expert_ids, up_weight, up_bias, down_weight, expert_masks, activation)
 
 
@@ -50,31 +53,6 @@ def _fake(hidden_states: Tensor, *others: object) -> Tensor:
     return torch.empty_like(hidden_states, memory_format=torch.contiguous_format)
 
 
-def row_padding(hidden_size: int) -> int:
-    """Floats that rows of weights are set apart on a CPU, 0 or 16.
-
-    Rows that lie a multiple of 8 cache lines apart share a few sets of the L1 cache, and would push each other out
-    (docs/performance.md).
-    """
-    line = 16
-    return line if hidden_size % (8 * line) == 0 else 0
-
-
-def neuron_lists(expert_masks: Tensor) -> tuple[Tensor, Tensor]:
-    """Sorted rows of each expert, as the op takes them.
-
-    ``expert_masks``: [N, F], non-zero where an expert keeps a neuron. Returns ``neuron_ids`` [N, W] int32, W the
-    widest expert's count (at least 1), padded with a valid row, and ``widths`` [N] int32. Under tensor parallelism
-    F is a rank's share and widths differ between experts.
-    """
-    is_kept = expert_masks != 0
-    widths = is_kept.sum(dim=1)
-    # Kept neurons first, in order: a stable sort of "not kept".
-    order = (~is_kept).to(torch.uint8).sort(dim=1, stable=True).indices
-    neuron_ids = order[:, : max(1, int(widths.max()))].to(torch.int32).contiguous()
-    return neuron_ids, widths.to(torch.int32)
-
-
 def path_of(num_tokens: int, thresholds: Thresholds, device_type: str) -> str:
     """How the op takes so many tokens through the weights: "gather", "masked" or "grouped" on a GPU, "rows" (each
     expert's own, the one way there is) elsewhere."""
@@ -83,6 +61,34 @@ def path_of(num_tokens: int, thresholds: Thresholds, device_type: str) -> str:
     if num_tokens <= thresholds.gather_tokens:
         return "gather"
     return "grouped" if num_tokens >= thresholds.grouped_tokens else "masked"
+
+
+def require_weights(
+    up_weight: Tensor,
+    up_bias: Tensor | None,
+    down_weight: Tensor,
+    expert_masks: Tensor,
+    neuron_ids: Tensor,
+    widths: Tensor,
+    activation: str,
+) -> None:
+    """Raise ``ValueError`` for an activation or shapes that :func:`expert_mlp` cannot take; once, not in each step."""
+    require_activation(activation)
+    num_neurons, hidden_size = down_weight.shape[0], math.prod(down_weight.shape[1:])
+    if up_weight.shape not in ((num_neurons, hidden_size), (2 * num_neurons, hidden_size)):
+        raise ValueError(
+            f"up_weight is {list(up_weight.shape)}; beside a down_weight of {list(down_weight.shape)} it must be "
+            f"{[2 * num_neurons, hidden_size]} (gate and up) or {[num_neurons, hidden_size]} (no gate)"
+        )
+    if up_bias is not None and up_bias.shape != up_weight.shape[:1]:
+        raise ValueError(f"up_bias is {list(up_bias.shape)}; up_weight has {up_weight.shape[0]} rows")
+    num_experts = len(widths)
+    if expert_masks.shape != (num_experts, num_neurons) or neuron_ids.shape[0] != num_experts:
+        raise ValueError(
+            f"expert_masks is {list(expert_masks.shape)} and neuron_ids has {neuron_ids.shape[0]} rows; for widths "
+            f"of {num_experts} experts and {num_neurons} neurons they must be {[num_experts, num_neurons]} and "
+            f"{num_experts}"
+        )
 
 
 def expert_mlp(
@@ -100,32 +106,17 @@ def expert_mlp(
     """Each token through its expert's neurons.
 
     ``hidden_states``: [T, D]; ``expert_ids``: [T] int64; ``up_weight``: [2F, D], the gate's rows first, or [F, D]
-    without a gate; ``up_bias``: [2F] or [F], or None; ``down_weight``: [F, D], one row per neuron; rows may lie apart;
+    without a gate; ``up_bias``: [2F] or [F], or None; ``down_weight``: [F, D], one row per neuron, or on a CPU
+    [F, panels, D / panels] (:func:`~tomoe_vllm.kernels.expert_mlp.rows.empty_panels`); rows may lie apart;
     ``expert_masks``: [N, F] of ones and zeros; ``neuron_ids``, ``widths``: the same as lists
-    (:func:`neuron_lists`); floats of one dtype. ``activation``: a Hugging Face ``hidden_act``;
-    ``thresholds``: those of the device (``load_thresholds()``, once: it reads a file).
+    (:func:`~tomoe_vllm.kernels.expert_mlp.rows.neuron_lists`); floats of one dtype. ``activation``: a Hugging Face
+    ``hidden_act``; ``thresholds``: those of the device (``load_thresholds()``, once: it reads a file).
     Returns [T, D], without W_down's bias.
 
-    Raises ``ValueError`` for an unknown activation or shapes that do not belong together.
+    The weights must have passed :func:`require_weights`. Raises ``ValueError`` for ``hidden_states`` of another width.
     """
-    require_activation(activation)
-    num_neurons, hidden_size = down_weight.shape
-    if up_weight.shape not in ((num_neurons, hidden_size), (2 * num_neurons, hidden_size)):
-        raise ValueError(
-            f"up_weight is {list(up_weight.shape)}; beside a down_weight of {list(down_weight.shape)} it must be "
-            f"{[2 * num_neurons, hidden_size]} (gate and up) or {[num_neurons, hidden_size]} (no gate)"
-        )
-    if hidden_states.shape[-1] != hidden_size:
-        raise ValueError(f"hidden_states has {hidden_states.shape[-1]} columns; the weights have {hidden_size}")
-    if up_bias is not None and up_bias.shape != up_weight.shape[:1]:
-        raise ValueError(f"up_bias is {list(up_bias.shape)}; up_weight has {up_weight.shape[0]} rows")
-    num_experts = len(widths)
-    if expert_masks.shape != (num_experts, num_neurons) or neuron_ids.shape[0] != num_experts:
-        raise ValueError(
-            f"expert_masks is {list(expert_masks.shape)} and neuron_ids has {neuron_ids.shape[0]} rows; for widths "
-            f"of {num_experts} experts and {num_neurons} neurons they must be {[num_experts, num_neurons]} and "
-            f"{num_experts}"
-        )
+    if hidden_states.shape[-1] != up_weight.shape[1]:
+        raise ValueError(f"hidden_states has {hidden_states.shape[-1]} columns; the weights have {up_weight.shape[1]}")
     return torch.ops.tomoe.expert_mlp(
         hidden_states,
         expert_ids,

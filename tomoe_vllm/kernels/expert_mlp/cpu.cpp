@@ -30,6 +30,7 @@ using torch::stable::Tensor;
 
 constexpr int64_t kPassTokens = 1024;     // tokens per pass over the weights: bounds the scratch memory
 constexpr int64_t kBlockBytes = 1 << 18;  // weights of a block of phase 1: it and the next are half of a 1 MB L2
+constexpr int64_t kLeastRows = 12, kMostRows = 128;  // neurons of such a block
 // Of many tokens threads claim parts of the neurons. An expert's rows of a part stay in L3 while chunks of its tokens
 // come back to them, so there are 8 at least (1b: 5.6 MB each); and 4 a thread, so that none waits long for the last.
 constexpr int64_t kLeastParts = 8, kPartsPerThread = 4;
@@ -53,10 +54,10 @@ float* scratch(int which, size_t count) {
 void up_by_expert(const Problem& p, const Sorted& sorted, const float* columns, float* h, float* local, int64_t block,
                   std::atomic<int64_t>& claimed) {
   const int64_t parts = std::max(kLeastParts, kPartsPerThread * omp_get_num_threads());
-  const int64_t part = ceil_div(p.neurons, parts);
+  const int64_t part = ceil_div(sorted.touched.size, parts);
   for (int64_t b = claimed++; b < parts; b = claimed++)
     for (const Group& group : sorted.groups) {
-      const Rows rows = rows_in_block(group.neurons, b * part, (b + 1) * part);
+      const Rows rows = rows_between(sorted, group.neurons, b * part, (b + 1) * part);
       if (group.is_in_lanes) up_in_lanes(p, group, rows, columns, h);
       else for (int64_t i = rows.begin; i < rows.end; i += block) {
         const Rows now{i, std::min(i + block, rows.end)}, later{now.end, std::min(now.end + block, rows.end)};
@@ -77,9 +78,9 @@ void run_pass(const Problem& p, const int64_t* expert_ids, int64_t first, int64_
   float* h = scratch(0, count * sorted.max_width);
   float* columns = has_lanes ? scratch(2, count * p.depth) : nullptr;
   const int64_t row_bytes = p.depth * p.rows_per_neuron * static_cast<int64_t>(sizeof(float));
-  const int64_t block = std::clamp<int64_t>(std::min(kBlockBytes / row_bytes, p.neurons / 16), 12, 128);
-  std::atomic<int64_t> claimed{0};
-  const int64_t num_vecs = ceil_div(p.depth, kWidth);
+  const int64_t near = count == 1 ? kMostRows : kBlockBytes / row_bytes;  // a token alone comes back to no row
+  const int64_t block = std::clamp(std::min(near, sorted.touched.size / 16), kLeastRows, kMostRows);
+  std::atomic<int64_t> claimed{0}, claimed_panels{0};
 #pragma omp parallel num_threads(threads)
   {
     const int64_t thread = omp_get_thread_num(), team = omp_get_num_threads();
@@ -91,12 +92,7 @@ void run_pass(const Problem& p, const int64_t* expert_ids, int64_t first, int64_
     if (sorted.most_tokens >= kManyTokens) up_by_expert(p, sorted, columns, h, local, block, claimed);
     else up_in_turn(p, sorted, h, local, block, claimed);
 #pragma omp barrier
-    const int64_t begin = num_vecs * thread / team * kWidth;
-    const int64_t end = std::min(num_vecs * (thread + 1) / team * kWidth, p.depth);
-    if (begin < end) {
-      if (count <= kStreamedPass && sorted.most_tokens <= kStreamedTokens) down_streamed(p, sorted, h, begin, end);
-      else down_in_blocks(p, sorted, h, begin, end);
-    }
+    down_in_panels(p, sorted, h, claimed_panels);
   }
 }
 
@@ -111,17 +107,22 @@ Tensor expert_mlp(Tensor hidden_states, Tensor expert_ids, Tensor up_weight, std
                   Tensor down_weight, Tensor expert_masks, Tensor neuron_ids, Tensor widths, std::string activation,
                   int64_t gather_tokens, int64_t grouped_tokens) {
   for (const Tensor& tensor : {hidden_states, up_weight, down_weight})
-    STD_TORCH_CHECK(tensor.dim() == 2 && tensor.scalar_type() == ScalarType::Float,
-                    "tomoe::expert_mlp on CPU takes float32 matrices; hidden_states, up_weight and down_weight must "
-                    "be such");
-  STD_TORCH_CHECK(up_weight.stride(1) == 1 && down_weight.stride(1) == 1,
+    STD_TORCH_CHECK(tensor.scalar_type() == ScalarType::Float,
+                    "tomoe::expert_mlp on CPU takes float32; hidden_states, up_weight and down_weight must be such");
+  const bool is_in_panels = down_weight.dim() == 3;
+  STD_TORCH_CHECK(hidden_states.dim() == 2 && up_weight.dim() == 2 && (is_in_panels || down_weight.dim() == 2),
+                  "tomoe::expert_mlp takes matrices, and down_weight as a matrix or in panels");
+  const int64_t depth = hidden_states.size(1), panel_columns = is_in_panels ? down_weight.size(2) : depth;
+  STD_TORCH_CHECK(up_weight.size(1) == depth && down_weight.size(1) * (is_in_panels ? panel_columns : 1) == depth,
+                  "up_weight and down_weight must have the ", depth, " columns of hidden_states");
+  STD_TORCH_CHECK(up_weight.stride(1) == 1 && down_weight.stride(down_weight.dim() - 1) == 1,
                   "tomoe::expert_mlp takes rows of up_weight and down_weight that are contiguous");
   for (const Tensor& tensor : {neuron_ids, widths, expert_ids})
     STD_TORCH_CHECK(tensor.is_contiguous(), "tomoe::expert_mlp takes contiguous tables");
   STD_TORCH_CHECK(expert_ids.scalar_type() == ScalarType::Long && neuron_ids.scalar_type() == ScalarType::Int &&
                       widths.scalar_type() == ScalarType::Int,
                   "expert_ids must be int64, neuron_ids and widths int32");
-  STD_TORCH_CHECK(hidden_states.size(1) <= kMaxSlice * kMaxSlices, "tomoe::expert_mlp on CPU takes up to ",
+  STD_TORCH_CHECK(depth <= kMaxSlice * kMaxSlices, "tomoe::expert_mlp on CPU takes up to ",
                   kMaxSlice * kMaxSlices, " columns");
   const Tensor x = torch::stable::contiguous(hidden_states);
   Tensor out = torch::stable::empty_like(x);
@@ -134,10 +135,12 @@ Tensor expert_mlp(Tensor hidden_states, Tensor expert_ids, Tensor up_weight, std
   p.ids = static_cast<const int32_t*>(neuron_ids.data_ptr());
   p.widths = static_cast<const int32_t*>(widths.data_ptr());
   p.out = static_cast<float*>(out.data_ptr());
-  p.depth = x.size(1);
+  p.depth = depth;
   p.neurons = down_weight.size(0);
   p.up_stride = up_weight.stride(0);
   p.down_stride = down_weight.stride(0);
+  p.panel_columns = is_in_panels ? panel_columns : kPanelColumns;
+  p.panel_stride = is_in_panels ? down_weight.stride(1) : kPanelColumns;
   p.experts = neuron_ids.size(0);
   p.max_width = neuron_ids.size(1);
   p.rows_per_neuron = static_cast<int>(up_weight.size(0) / p.neurons);

@@ -1,108 +1,23 @@
-// Phase 2 of tomoe::expert_mlp: outputs are sums of W_down's rows, lanes over the columns, which the threads share.
+// Phase 2 of tomoe::expert_mlp: outputs are sums of W_down's rows, lanes over the columns.
 //
-// A sum adds the neurons in their order, whatever the number of tokens and of threads.
+// Threads claim panels of columns. A panel's rows lie one after the other where the weights come as panels (rows.py), so
+// that an expert's are read as one stream. A sum adds the neurons in their order, whatever the number of tokens and of threads.
 #pragma once
+#include <atomic>
+
 #include "problem.h"
 
 namespace tomoe {
 
-constexpr int64_t kTurnBytes = 1 << 18;  // of the rows that experts take turns at, and as many are fetched: L2
-constexpr int64_t kLargeBlockTokens = 8;  // tokens of an expert from which blocks are large
-constexpr int64_t kDownColumns = 64;     // of a block's rows that stay near while all tokens pass by
-constexpr int64_t kDownRows = 512;       // neurons of a block of many tokens: 128 KB of 64 columns stay in L2
-
-// Neurons of a block that experts take turns at.
-inline int64_t block_rows(int64_t columns) {
-  return std::clamp<int64_t>(kTurnBytes / (columns * static_cast<int64_t>(sizeof(float))), 16, 128);
-}
-
-// One expert's tokens, T by R rows: the outputs pass through registers once for R neurons. Rows ``next`` are fetched.
-template <int T, int R>
-void stream_tile(const float* const* rows, const float* const* next, const float* const* h, int64_t h_stride,
-                 float* const* y, int64_t columns, bool is_first) {
-  Vec factors[T][R];
-#pragma GCC unroll 16
-  for (int t = 0; t < T; ++t)
-#pragma GCC unroll 16
-    for (int r = 0; r < R; ++r) factors[t][r] = broadcast(h[t][r * h_stride]);
-  const auto step = [&](int64_t d, int64_t left) {
-    const bool is_whole = left >= kWidth;
-    Vec sums[T];
-#pragma GCC unroll 16
-    for (int t = 0; t < T; ++t)
-      sums[t] = is_first ? zero() : is_whole ? load(y[t] + d) : load_first(y[t] + d, left);
-#pragma GCC unroll 16
-    for (int r = 0; r < R; ++r) {
-      const Vec weights = is_whole ? load(rows[r] + d) : load_first(rows[r] + d, left);
-#pragma GCC unroll 16
-      for (int t = 0; t < T; ++t) sums[t] = fma(factors[t][r], weights, sums[t]);
-    }
-#pragma GCC unroll 16
-    for (int t = 0; t < T; ++t)
-      if (is_whole) store(y[t] + d, sums[t]);
-      else store_first(y[t] + d, sums[t], left);
-  };
-  int64_t d = 0;
-  for (; d + kWidth <= columns; d += kWidth) {
-    if (d % 16 == 0)
-#pragma GCC unroll 16
-      for (int r = 0; r < R; ++r) __builtin_prefetch(next[r] + d, 0, 2);
-    step(d, kWidth);
-  }
-  if (d < columns) step(d, columns - d);
-}
-
-using StreamTile = void (*)(const float* const*, const float* const*, const float* const*, int64_t, float* const*,
-                            int64_t, bool);
-
-// Rows that a tile of so many tokens takes at most: as many factors as there are registers for.
-constexpr int streamed_rows(int64_t tokens) {
-  return static_cast<int>(std::min<int64_t>(kTileSums / tokens, kMaxStreamedRows));
-}
-
-template <int T = kStreamedTokens, int R = streamed_rows(T)>
-StreamTile stream_tile_of(int64_t tokens, int64_t rows) {
-  if constexpr (T > 1)
-    if (tokens < T) return stream_tile_of<T - 1>(tokens, rows);
-  if constexpr (R > 1)
-    if (rows < R) return stream_tile_of<T, R - 1>(tokens, rows);
-  return stream_tile<T, R>;
-}
-
-// Columns [begin, end) of all outputs where experts have few tokens: memory is the limit, and whole rows are what it
-// gives fastest. Experts take turns at blocks of neurons; each fetches its rows of the next.
-inline void down_streamed(const Problem& p, const Sorted& sorted, const float* h, int64_t begin, int64_t end) {
-  const int64_t columns = end - begin, block = block_rows(columns);
-  for (int64_t n = 0; n < p.neurons; n += block)
-    for (const Group& group : sorted.groups) {
-      const List& list = group.neurons;
-      const Rows rows = rows_in_block(list, n, n + block);
-      const float* hidden[kStreamedTokens];
-      float* y[kStreamedTokens];
-      for (int64_t t = 0; t < group.count; ++t) y[t] = p.out + sorted.order[group.first + t] * p.depth + begin;
-      const int per_tile = streamed_rows(group.count);
-      for (int64_t i = rows.begin; i < rows.end; i += per_tile) {
-        const int64_t num_rows = std::min<int64_t>(per_tile, rows.end - i);
-        const float *w[kMaxStreamedRows], *next[kMaxStreamedRows];
-        for (int64_t r = 0; r < num_rows; ++r) {
-          const int64_t later = std::min(rows.end + (i - rows.begin) + r, list.size - 1);
-          w[r] = p.down + list.ids[i + r] * p.down_stride + begin;
-          next[r] = p.down + list.ids[later] * p.down_stride + begin;
-        }
-        for (int64_t t = 0; t < group.count; ++t)
-          hidden[t] = h + group.hidden + t * group.token_stride + i * group.neuron_stride;
-        stream_tile_of(group.count, num_rows)(w, next, hidden, group.neuron_stride, y, columns, i == 0);
-      }
-    }
-}
+constexpr int64_t kPanelColumns = 64;  // of W_down that one thread works on; a panel of the weights is no wider
+constexpr int64_t kDownRows = 512;     // neurons of a block: 128 KB of a panel stay in L2 while all tokens pass by
 
 // T tokens by V vectors of columns, over the rows of one expert in one block of neurons. Sums stay in registers.
-// ``next``: rows of ``later`` to be fetched meanwhile, one for each that is used. ``kInLanes``: the tokens' activations
+// ``kNext``: rows ``next`` are fetched meanwhile, one for each that is used. ``kInLanes``: the tokens' activations
 // of a neuron lie side by side, from ``h[0]`` on and ``h_stride`` apart; otherwise a token's of all neurons, from h[t] on.
 template <int T, int V, bool kPrefetch, bool kInLanes>
-void down_tile(const float* down, const float* later, int64_t stride, const int32_t* ids, const int32_t* next,
-               int64_t count, const float* const* h, int64_t h_stride, float* const* y, int64_t columns,
-               bool is_first) {
+void down_tile(const float* down, int64_t stride, const int32_t* ids, const int32_t* next, int64_t count,
+               const float* const* h, int64_t h_stride, float* const* y, int64_t columns, bool is_first) {
   Vec sums[T][V];
 #pragma GCC unroll 16
   for (int t = 0; t < T; ++t)
@@ -120,7 +35,7 @@ void down_tile(const float* down, const float* later, int64_t stride, const int3
       const float* row = down + ids[i] * stride;
       const int64_t neuron = kInLanes ? i * h_stride : i;
       if constexpr (kPrefetch) {
-        const float* ahead = later + next[i] * stride;
+        const float* ahead = down + next[i] * stride;
 #pragma GCC unroll 16
         for (int v = 0; v < V * kWidth; v += 16) __builtin_prefetch(ahead + v, 0, 2);
       }
@@ -149,11 +64,14 @@ void down_tile(const float* down, const float* later, int64_t stride, const int3
     }
 }
 
-using DownTile = void (*)(const float*, const float*, int64_t, const int32_t*, const int32_t*, int64_t,
-                          const float* const*, int64_t, float* const*, int64_t, bool);
+using DownTile = void (*)(const float*, int64_t, const int32_t*, const int32_t*, int64_t, const float* const*, int64_t,
+                          float* const*, int64_t, bool);
 
-// Vectors of columns that a tile of so many tokens takes at most: kTileSums sums at most.
-constexpr int down_vecs(int64_t tokens) { return kDownVecs * (tokens <= kDownTokens / 2 ? 2 : 1); }
+// Vectors of columns that a tile of so many tokens takes at most.
+constexpr int down_vecs(int64_t tokens) {
+  constexpr int kWhole = kPanelColumns / kWidth;
+  return tokens == 1 ? kWhole : std::min(kWhole, kDownVecs * (tokens <= kDownTokens / 2 ? 2 : 1));
+}
 
 template <bool kPrefetch, bool kInLanes, int T = kDownTokens, int V = down_vecs(T)>
 DownTile down_tile_of(int tokens, int vecs) {
@@ -169,45 +87,44 @@ inline DownTile down_tile_of(int tokens, int vecs, bool is_fetching, bool is_in_
   return is_fetching ? down_tile_of<true, false>(tokens, vecs) : down_tile_of<false, false>(tokens, vecs);
 }
 
-// Columns [begin, end) of all outputs: a few columns of a block's rows stay near while all tokens pass by. Of few tokens
-// a block is small, and the next block is fetched meanwhile; of many it is large, so that outputs are read and written
-// seldom, and its next columns are fetched.
-inline void down_in_blocks(const Problem& p, const Sorted& sorted, const float* h, int64_t begin, int64_t end) {
-  const bool is_large = sorted.most_tokens >= kLargeBlockTokens;
-  const int64_t block = is_large ? kDownRows : block_rows(end - begin);
-  const int64_t chunk = kDownColumns * (sorted.most_tokens <= kDownTokens / 2 ? 2 : 1);
-  for (int64_t n = 0; n < p.neurons; n += block)
-    for (int64_t d = begin; d < end; d += chunk) {
-      const int64_t columns = std::min(chunk, end - d);
-      const bool is_next_block = !is_large || d + chunk >= end;
-      const float* later = p.down + (!is_large ? d : is_next_block ? begin : d + chunk);
-      for (const Group& group : sorted.groups) {
-        const List& list = group.neurons;
-        const Rows rows = rows_in_block(list, n, n + block);
-        if (rows.count() == 0) continue;
-        const int32_t* next = list.ids + (is_next_block ? std::min(rows.end, list.size - rows.count()) : rows.begin);
-        const int64_t num_tiles = ceil_div(group.count, kDownTokens);
-        for (int64_t tile = 0; tile < num_tiles; ++tile) {
-          const int64_t first = group.count * tile / num_tiles;
-          const int tokens = static_cast<int>(group.count * (tile + 1) / num_tiles - first);
-          const float* hidden[kDownTokens];
-          float* y[kDownTokens];
-          for (int j = 0; j < tokens; ++j) {
-            hidden[j] = h + group.hidden + (first + j) * group.token_stride + rows.begin * group.neuron_stride;
-            y[j] = p.out + sorted.order[group.first + first + j] * p.depth + d;
-          }
-          const int64_t part = down_vecs(tokens) * kWidth;
-          for (int64_t c = 0; c < columns; c += part) {
-            const int64_t left = std::min(part, columns - c);
-            const int vecs = static_cast<int>(ceil_div(left, kWidth));
-            const DownTile run = down_tile_of(tokens, vecs, tile == 0 && group.is_first, group.is_in_lanes);
-            run(p.down + d + c, later + c, p.down_stride, list.ids + rows.begin, next, rows.count(), hidden,
-                group.neuron_stride, y, left, rows.begin == 0);
-            for (int j = 0; j < tokens; ++j) y[j] += part;
-          }
-        }
-      }
+// Columns [d, d + columns) of all outputs of a group, over some rows of its list.
+inline void down_rows(const Problem& p, const Sorted& sorted, const Group& group, const Rows& rows, const float* h,
+                      int64_t d, int64_t columns) {
+  const float* down = p.down + d / p.panel_columns * p.panel_stride;
+  const int32_t* ids = group.neurons.ids + rows.begin;
+  const int32_t* next = group.neurons.ids + std::min(rows.end, group.neurons.size - rows.count());
+  const int64_t num_tiles = ceil_div(group.count, kDownTokens);
+  for (int64_t tile = 0; tile < num_tiles; ++tile) {
+    const int64_t first = group.count * tile / num_tiles;
+    const int tokens = static_cast<int>(group.count * (tile + 1) / num_tiles - first);
+    const float* hidden[kDownTokens];
+    float* y[kDownTokens];
+    for (int t = 0; t < tokens; ++t) {
+      hidden[t] = h + group.hidden + (first + t) * group.token_stride + rows.begin * group.neuron_stride;
+      y[t] = p.out + sorted.order[group.first + first + t] * p.depth + d;
     }
+    const int64_t num_vecs = ceil_div(columns, kWidth);
+    const int64_t part = ceil_div(num_vecs, ceil_div(num_vecs, down_vecs(tokens))) * kWidth;
+    const bool is_fetching = tile == 0 && group.is_first && sorted.is_fetching();
+    for (int64_t c = 0; c < columns; c += part) {
+      const int64_t left = std::min(part, columns - c);
+      const DownTile run = down_tile_of(tokens, ceil_div(left, kWidth), is_fetching, group.is_in_lanes);
+      run(down + c, p.down_stride, ids, next, rows.count(), hidden, group.neuron_stride, y, left, rows.begin == 0);
+      for (int t = 0; t < tokens; ++t) y[t] += part;
+    }
+  }
+}
+
+// A block of a panel stays near while all tokens pass by; of the next block each expert fetches its rows meanwhile.
+inline void down_in_panels(const Problem& p, const Sorted& sorted, const float* h, std::atomic<int64_t>& claimed) {
+  const int64_t num_panels = ceil_div(p.depth, p.panel_columns);
+  for (int64_t panel = claimed++; panel < num_panels; panel = claimed++) {
+    const int64_t d = panel * p.panel_columns, columns = std::min(p.panel_columns, p.depth - d);
+    for (int64_t n = 0; n < p.neurons; n += kDownRows)
+      for (const Group& group : sorted.groups)
+        if (const Rows rows = rows_in_block(group.neurons, n, n + kDownRows); rows.count() > 0)
+          down_rows(p, sorted, group, rows, h, d, columns);
+  }
 }
 
 }  // namespace tomoe

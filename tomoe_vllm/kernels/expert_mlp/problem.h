@@ -10,6 +10,8 @@ namespace tomoe {
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+constexpr int64_t kFetchingTokens = 5;  // tokens of a pass from which code fetches what comes next; the hardware alone
+                                        // is as good where there is next to no arithmetic
 constexpr int64_t kManyTokens = 16;  // tokens of an expert from which it takes its rows alone, and
 constexpr int64_t kLaneTokens = 64;  // from which they lie in lanes (up_in_lanes.h), as many as this divides:
 constexpr int64_t kLaneMultiple = 16;
@@ -19,11 +21,11 @@ struct Problem {
   const float* x;         // [T, D]
   const float* up;        // [2F, D], gate first, or [F, D], rows up_stride apart
   const float* up_bias;   // [2F] or [F], or null
-  const float* down;      // [F, D], rows down_stride apart
+  const float* down;      // [D / panel_columns, F, panel_columns]: panels panel_stride, rows down_stride apart
   const int32_t* ids;     // [N, max_width], sorted
   const int32_t* widths;  // [N]
   float* out;             // [T, D]
-  int64_t depth, neurons, experts, max_width, up_stride, down_stride;
+  int64_t depth, neurons, experts, max_width, up_stride, down_stride, panel_columns, panel_stride;
   int rows_per_neuron;    // 2 with a gate
   Activation activation;
 
@@ -51,6 +53,8 @@ struct Sorted {
   std::vector<int32_t> in_union;
   List touched;  // the neurons that any token needs
   int64_t max_width = 0, most_tokens = 0;  // of an expert
+
+  bool is_fetching() const { return static_cast<int64_t>(order.size()) >= kFetchingTokens; }
 };
 
 struct Rows {  // entries [begin, end) of a list
@@ -64,6 +68,13 @@ inline Rows rows_in_block(const List& list, int64_t first, int64_t last) {
   const int32_t* end = list.ids + list.size;
   const int32_t* a = std::lower_bound(list.ids, end, static_cast<int32_t>(first));
   return {a - list.ids, std::lower_bound(a, end, static_cast<int32_t>(last)) - list.ids};
+}
+
+// The entries of a list between the begin-th and the end-th neuron that any token needs: shares of equal work.
+inline Rows rows_between(const Sorted& sorted, const List& list, int64_t begin, int64_t end) {
+  end = std::min(end, sorted.touched.size);
+  if (begin >= end) return {list.size, list.size};
+  return rows_in_block(list, sorted.touched.ids[begin], sorted.touched.ids[end - 1] + 1);
 }
 
 // Stable counting sort of tokens [first, first + count) by expert.

@@ -14,7 +14,7 @@ constexpr int kMaxSlices = 32;            // so D is at most 65,536
 constexpr int64_t kTokenChunk = 32;       // tokens of one expert at a time: 256 KB of x beside a block of weights
 constexpr int64_t kRowByRowTokens = 8;    // up to so many tokens of an expert whole rows are taken
 static_assert(kLoneDotRows >= kDotRows, "arrays of a tile's rows have room for either");
-constexpr int kMaxNext = 24;              // rows that a tile may fetch: one token's tiles, the fewest, ask for 12 to 24
+constexpr int kMaxNext = 24;              // rows that a tile may fetch
 
 // Activations of one token: ``projected`` is [rows_per_neuron, count].
 template <Activation A>
@@ -128,16 +128,17 @@ inline void up_chunks(const Problem& p, const Sorted& sorted, const Group& group
 // that it is known which rows to fetch while one is computed with, and memory works as long as the arithmetic does.
 inline void up_in_turn(const Problem& p, const Sorted& sorted, float* h, float* local, int64_t block,
                        std::atomic<int64_t>& claimed) {
-  const int64_t num_blocks = ceil_div(p.neurons, block);
+  const int64_t num_blocks = ceil_div(sorted.touched.size, block);
   for (int64_t b = claimed++, next; b < num_blocks; b = next) {
     next = claimed++;
     int64_t tiles = 0;
     for (const Group& group : sorted.groups)
-      tiles += num_tiles(p, sorted, group, rows_in_block(group.neurons, b * block, (b + 1) * block).count());
+      tiles += num_tiles(p, sorted, group, rows_between(sorted, group.neurons, b * block, (b + 1) * block).count());
     if (tiles == 0) continue;
-    Ahead ahead(p, sorted.touched, rows_in_block(sorted.touched, next * block, (next + 1) * block), tiles);
+    const Rows later = rows_between(sorted, sorted.touched, next * block, (next + sorted.is_fetching()) * block);
+    Ahead ahead(p, sorted.touched, later, tiles);
     for (const Group& group : sorted.groups) {
-      const Rows rows = rows_in_block(group.neurons, b * block, (b + 1) * block);
+      const Rows rows = rows_between(sorted, group.neurons, b * block, (b + 1) * block);
       if (rows.count() > 0) up_chunks(p, sorted, group, rows, h, local, ahead);
     }
   }
