@@ -14,8 +14,8 @@ class NeuronRows(nn.Module):
 
     ``weight``: [parts * F / tp, D]; part 0 is the gate, part 1 up, where both are one module. On a CPU that of a
     transposed projection (W_down) is [F / tp, panels, D / panels]. ``bias``: one value per row, or, of W_down, per
-    output: [D], held by every rank. ``is_staged``: all neurons on
-    every rank, in host memory, for a layer that makes something else of them.
+    output: [D], held by every rank. ``is_staged``: all neurons on every rank, in host memory, as plain matrices, for a
+    layer that makes something else of them.
     """
 
     def __init__(

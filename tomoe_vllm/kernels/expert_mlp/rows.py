@@ -13,16 +13,15 @@ ARENA = 256 << 20
 LINE_BYTES = 64
 """A cache line."""
 PANEL_WIDTHS = (64, 48, 32)
-"""Columns of a panel of W_down."""
+"""Columns of a panel of W_down, at most ``kPanelColumns`` of down.h."""
 
 
 def empty_rows(num_rows: int, hidden_size: int) -> Tensor:
     """Uninitialized [num_rows, hidden_size] of the default dtype, on the default device, for the weights of neurons.
 
-    On a CPU rows that would lie a multiple of 8 cache lines apart lie one more
-    line apart: they share a few sets of the L1 cache and would push each other out. There Linux is asked for 2 MB
-    pages, too: an expert's rows lie scattered over the matrix, two 4 KB pages each, and a token would wait for the
-    address translation of every one (docs/performance.md has the figures of both).
+    On a CPU rows that would lie a multiple of 8 cache lines apart lie one more line apart: they share a few sets of
+    the L1 cache and would push each other out. There they also lie in 2 MB pages where Linux gives them: an expert's
+    rows are all over the matrix, and with 4 KB pages a token would wait for many address translations (docs/log.md).
     """
     if torch.get_default_device().type != "cpu":
         return torch.empty(num_rows, hidden_size)
