@@ -1,6 +1,7 @@
 """Python in another process: one thread, this repository's packages, text in and out."""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -21,7 +22,11 @@ def python(*arguments: object, **options) -> subprocess.CompletedProcess:
 
 
 def start_python(*arguments: object, **options) -> subprocess.Popen:
-    """Start ``python arguments``; the caller waits for it."""
+    """Start ``python arguments``; the caller waits for it. It heeds SIGINT, which a shell's background jobs ignore."""
     command = [sys.executable, *map(str, arguments)]
-    options = {"env": environment()} | options
+    options = {"env": environment(), "preexec_fn": heed_interrupts} | options
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+
+
+def heed_interrupts() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
