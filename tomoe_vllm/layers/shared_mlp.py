@@ -7,6 +7,7 @@ it gives up: quantization and LoRA, which know vLLM's linears only.
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 from vllm.distributed import get_tensor_model_parallel_world_size, tensor_model_parallel_all_reduce
+from vllm.platforms import current_platform
 
 from tomoe_vllm.hf.configuration_tomoe import block_shape
 from tomoe_vllm.kernels.expert_mlp import expert_mlp, path_of, require_weights
@@ -48,7 +49,12 @@ class ToMoESharedMLP(nn.Module):
         return (self.gate_up_proj, self.down_proj) if self.is_gated else (self.fc1, self.fc2)
 
     def order_neurons(self) -> None:
-        """Bring each expert's neurons together, which the CPU's kernels read faster; once the checkpoint is read."""
+        """Bring each expert's neurons together, which the CPU's kernels read faster; once the checkpoint is read.
+
+        Not on a GPU: there experts share tiles in L2 in any order, and nothing was measured.
+        """
+        if not current_platform.is_cpu():
+            return
         order = neuron_order(self.expert_gate.expert_masks)
         for rows in (self.expert_gate, *self.projections):
             rows.reorder(order)

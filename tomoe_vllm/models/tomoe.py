@@ -31,7 +31,6 @@ from vllm.model_executor.models.utils import (
     make_layers,
     maybe_prefix,
 )
-from vllm.platforms import current_platform
 from vllm.sequence import IntermediateTensors
 
 from tomoe_vllm.hf.configuration_tomoe import base_model_type
@@ -246,7 +245,7 @@ class ToMoEForCausalLM(nn.Module, SupportsLoRA, SupportsPP, SupportsQuant):
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """Place every tensor of the checkpoint exactly once; ``ValueError`` names what does not fit."""
-        loaded = load_strictly(
+        return load_strictly(
             self,
             weights,
             mapper=self.hf_to_vllm_mapper,
@@ -254,8 +253,9 @@ class ToMoEForCausalLM(nn.Module, SupportsLoRA, SupportsPP, SupportsQuant):
             is_tied=self.config.tie_word_embeddings,
             is_quantized=self.quant_config is not None,
         )
-        if current_platform.is_cpu():
-            for module in self.modules():
-                if isinstance(module, ToMoESharedMLP):
-                    module.order_neurons()
-        return loaded
+
+    def process_weights_after_loading(self) -> None:
+        """vLLM calls this when everything is loaded."""
+        for module in self.modules():
+            if isinstance(module, ToMoESharedMLP):
+                module.order_neurons()

@@ -30,7 +30,8 @@ using torch::stable::Tensor;
 
 constexpr int64_t kPassTokens = 1024;     // tokens per pass over the weights: bounds the scratch memory
 constexpr int64_t kBlockBytes = 1 << 18;  // weights of a block of phase 1: it and the next are half of a 1 MB L2
-constexpr int64_t kLeastRows = 12, kMostRows = 128;  // neurons of such a block
+constexpr int64_t kLeastRows = 12, kMostRows = 128;  // neurons of such a block,
+constexpr int64_t kLeastBlocks = 16;                 // and blocks, so that no thread waits long for the last
 // Of many tokens threads claim parts of the neurons. An expert's rows of a part stay in L3 while chunks of its tokens
 // come back to them, so there are 8 at least (1b: 5.6 MB each); and 4 a thread, so that none waits long for the last.
 constexpr int64_t kLeastParts = 8, kPartsPerThread = 4;
@@ -79,7 +80,7 @@ void run_pass(const Problem& p, const int64_t* expert_ids, int64_t first, int64_
   float* columns = has_lanes ? scratch(2, count * p.depth) : nullptr;
   const int64_t row_bytes = p.depth * p.rows_per_neuron * static_cast<int64_t>(sizeof(float));
   const int64_t near = count == 1 ? kMostRows : kBlockBytes / row_bytes;  // a token alone comes back to no row
-  const int64_t block = std::clamp(std::min(near, sorted.touched.size / 16), kLeastRows, kMostRows);
+  const int64_t block = std::clamp(std::min(near, sorted.touched.size / kLeastBlocks), kLeastRows, kMostRows);
   std::atomic<int64_t> claimed{0}, claimed_panels{0};
 #pragma omp parallel num_threads(threads)
   {

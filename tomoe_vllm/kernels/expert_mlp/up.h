@@ -134,9 +134,8 @@ inline void up_in_turn(const Problem& p, const Sorted& sorted, float* h, float* 
     int64_t tiles = 0;
     for (const Group& group : sorted.groups)
       tiles += num_tiles(p, sorted, group, rows_between(sorted, group.neurons, b * block, (b + 1) * block).count());
-    if (tiles == 0) continue;
-    const Rows later = rows_between(sorted, sorted.touched, next * block, (next + sorted.is_fetching()) * block);
-    Ahead ahead(p, sorted.touched, later, tiles);
+    const int64_t fetched = sorted.is_fetching() ? block : 0;
+    Ahead ahead(p, sorted.touched, rows_between(sorted, sorted.touched, next * block, next * block + fetched), tiles);
     for (const Group& group : sorted.groups) {
       const Rows rows = rows_between(sorted, group.neurons, b * block, (b + 1) * block);
       if (rows.count() > 0) up_chunks(p, sorted, group, rows, h, local, ahead);
