@@ -14,6 +14,7 @@ import math
 import sys
 from collections.abc import Callable, Mapping
 from itertools import cycle
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -142,10 +143,10 @@ def _call(way: str, x: Tensor, expert_ids: Tensor) -> Call:
     return lambda layer: getattr(layer, way)(x, expert_ids)
 
 
-def walk(calls: Mapping[str, Call], layers: list[Layer]) -> dict[str, Callable[[], Tensor]]:
+def walk(calls: Mapping[str, Callable[[Any], Tensor]], layers: list) -> dict[str, Callable[[], Tensor]]:
     """Each call on its next layer each time; they begin as far apart as the layers allow."""
 
-    def step(call: Call, start: int) -> Callable[[], Tensor]:
+    def step(call: Callable[[Any], Tensor], start: int) -> Callable[[], Tensor]:
         order = cycle(layers[start:] + layers[:start])
         return lambda: call(next(order))
 

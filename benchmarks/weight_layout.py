@@ -1,0 +1,120 @@
+"""What does each step of the weights' layout give? Run: python benchmarks/weight_layout.py --shape 1b
+
+The same op on weights that lie differently (``kernels/expert_mlp/rows.py``), in turn in one process:
+
+served       as the layer has them
+unordered    neurons in the checkpoint's order
+rows         W_down as one row per neuron instead of panels
+small pages  in memory that nobody asked huge pages for (where Linux gives them on request only)
+
+Experts are random, or with ``--checkpoint DIR`` those of its layers, whose size is then taken (``--shape`` is not).
+Milliseconds a layer, medians, and the runs that an expert's rows lie in; the last line is JSON.
+"""
+
+import argparse
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from tomoe_vllm.bench.measure import interleave, summary
+from tomoe_vllm.bench.op import WALKED_BYTES, rounds_of, walk
+from tomoe_vllm.bench.shapes import SHAPES, Shape
+from tomoe_vllm.hf.tomoe_math import unpack_signature
+from tomoe_vllm.kernels import native
+from tomoe_vllm.kernels.expert_mlp.rows import empty_panels, empty_rows, neuron_lists, neuron_order
+
+CHANGES = {"served": "", "unordered": "order", "rows": "panels", "small pages": "huge pages"}
+"""What each way goes without."""
+
+
+@dataclass(frozen=True, eq=False)
+class Weights:
+    """Random weights in one layout, and one layer's experts on them."""
+
+    up: Tensor
+    down: Tensor
+    masks: Tensor
+    neuron_ids: Tensor
+    widths: Tensor
+
+    def __call__(self, x: Tensor, ids: Tensor) -> Tensor:
+        op = torch.ops.tomoe.expert_mlp
+        return op(x, ids, self.up, None, self.down, self.masks, self.neuron_ids, self.widths, "silu", 0, 1)
+
+    def runs(self) -> float:
+        """Runs that an expert's rows lie in, on average."""
+        return (self.masks.diff(dim=1, prepend=torch.zeros(len(self.masks), 1)) == 1).sum(dim=1).float().mean().item()
+
+
+def lay_out(masks: Tensor, hidden_size: int, without: str) -> Weights:
+    if without != "order":
+        masks = masks[:, neuron_order(masks)]
+    neurons = masks.shape[1]
+    up = empty_rows(2 * neurons, hidden_size)
+    down = (empty_rows if without == "panels" else empty_panels)(neurons, hidden_size)
+    if without == "huge pages":
+        up, down = (like(weights) for weights in (up, down))
+    return Weights(up.normal_(0, hidden_size**-0.5), down.normal_(0, neurons**-0.5), masks, *neuron_lists(masks))
+
+
+def like(weights: Tensor) -> Tensor:
+    """Uninitialized, with the strides of ``weights``, in memory from malloc."""
+    return torch.empty(weights.untyped_storage().nbytes() // 4).as_strided(weights.shape, weights.stride())
+
+
+def random_experts(shape: Shape, count: int) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    orders = [torch.rand(shape.num_experts, shape.intermediate_size, generator=generator) for _ in range(count)]
+    return [(order.argsort(dim=1).argsort(dim=1) < shape.expert_width).float() for order in orders]
+
+
+def experts_of(checkpoint: Path) -> tuple[int, list[Tensor]]:
+    """hidden_size of a ToMoE checkpoint, and the expert masks of its layers."""
+    config = json.loads((checkpoint / "config.json").read_text())
+    masks = []
+    for file in sorted(checkpoint.glob("*.safetensors")):
+        with safe_open(file, "pt") as tensors:
+            names = [name for name in tensors.keys() if name.endswith("expert_gate.signature")]  # noqa: SIM118
+            masks += [unpack_signature(tensors.get_tensor(name), config["num_experts"]).float() for name in names]
+    return config["hidden_size"], masks
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shape", choices=SHAPES, default="1b")
+    parser.add_argument("--checkpoint", type=Path, help="a ToMoE checkpoint, for its experts")
+    parser.add_argument("--tokens", type=int, nargs="+", default=[1, 2, 4, 8, 16, 64, 256])
+    arguments = parser.parse_args()
+    if not native.load():
+        sys.exit("the CPU kernels could not be compiled")
+    shape = SHAPES[arguments.shape]
+    # As many layers as ways at least: two at the same layer would find its rows in the cache.
+    count = max(len(CHANGES), min(shape.num_layers, WALKED_BYTES // shape.mlp_bytes))
+    hidden_size, experts = shape.hidden_size, random_experts(shape, count)
+    if arguments.checkpoint:
+        hidden_size, experts = experts_of(arguments.checkpoint)
+    layers = [{name: lay_out(masks, hidden_size, without) for name, without in CHANGES.items()} for masks in experts]
+    runs = {name: sum(layer[name].runs() for layer in layers) / len(layers) for name in CHANGES}
+    print(", ".join(f"{name} {value:.0f}" for name, value in runs.items()), "runs an expert", file=sys.stderr)
+    generator = torch.Generator().manual_seed(1)
+    rows = []
+    for num_tokens in arguments.tokens:
+        x = torch.randn(num_tokens, hidden_size, generator=generator)
+        ids = torch.randint(len(experts[0]), (num_tokens,), generator=generator)
+        calls = {name: lambda layer, name=name, x=x, ids=ids: layer[name](x, ids) for name in CHANGES}
+        samples = interleave(walk(calls, layers), rounds=2 * rounds_of(shape, num_tokens), warm_up=2)
+        row = {name: summary(values, 1e3) for name, values in samples.items()}
+        rows.append({"num_tokens": num_tokens, "ms": row})
+        served = row["served"]["median"]
+        parts = [f"{name} {value['median']:.3f} ({value['median'] / served:.2f} x)" for name, value in row.items()]
+        print(f"{num_tokens:>5} tokens: {', '.join(parts)} ms", file=sys.stderr, flush=True)
+    print(json.dumps({"num_layers": len(layers), "num_threads": torch.get_num_threads(), "runs": runs, "rows": rows}))
+
+
+if __name__ == "__main__":
+    main()
