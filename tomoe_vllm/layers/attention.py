@@ -18,7 +18,6 @@ from transformers import PreTrainedConfig
 from vllm.config import CacheConfig, get_current_vllm_config
 from vllm.distributed import get_tensor_model_parallel_world_size
 from vllm.model_executor.layers.attention import Attention
-from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.layers.linear import QKVParallelLinear, RowParallelLinear
 from vllm.model_executor.layers.quantization import QuantizationConfig
 from vllm.model_executor.layers.rotary_embedding import get_rope
@@ -35,6 +34,7 @@ from tomoe_vllm.kv_layout import (
     padded_widths,
 )
 from tomoe_vllm.layers.head_gate import ToMoEHeadGate
+from tomoe_vllm.layers.layernorm import ToMoERMSNorm
 from tomoe_vllm.layers.pruned_linear import PrunedLinearMethod
 from tomoe_vllm.layers.rotary import SelectedRotaryEmbedding, is_plain_rotary, rotation_order
 
@@ -89,8 +89,8 @@ class ToMoEAttention(nn.Module):
         self.add_module(self.output_name, output)
         self.has_qk_norm = has_qk_norm
         if has_qk_norm:
-            self.q_norm = RMSNorm(shape.head_dim, eps=config.rms_norm_eps)
-            self.k_norm = RMSNorm(shape.head_dim, eps=config.rms_norm_eps)
+            self.q_norm = ToMoERMSNorm(shape.head_dim, eps=config.rms_norm_eps)
+            self.k_norm = ToMoERMSNorm(shape.head_dim, eps=config.rms_norm_eps)
         self.rotary_emb = get_rope(
             shape.head_dim, max_position=config.max_position_embeddings, rope_parameters=config.rope_parameters
         )

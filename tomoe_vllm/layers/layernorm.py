@@ -1,10 +1,40 @@
-"""LayerNorm with the calling convention of vLLM's RMSNorm, so that one decoder serves both kinds of family."""
+"""The norms of the decoder, with one calling convention, so that one decoder serves both kinds of family.
 
+``norm(x)``, or with a residual ``(norm(x + residual), x + residual)``. ``x``: [T, D].
+"""
+
+import torch
 from torch import Tensor, nn
+from vllm import _custom_ops as ops
+from vllm.model_executor.layers.layernorm import RMSNorm
+
+
+KERNEL_MULTIPLE = 32
+"""Widths that vLLM's kernel takes: whole vectors, of at most so many elements."""
+
+
+class ToMoERMSNorm(RMSNorm):
+    """vLLM's RMSNorm, on CPUs with vLLM's own compiled kernel, which it takes on GPUs only.
+
+    With a residual both tensors are overwritten, as on GPUs. In plain torch a norm makes four tensors of x's size, ten
+    times as slow; and with nothing larger between them, as the shared layout has it, glibc does not fill the holes they
+    leave, so that a server grows (docs/log.md, 2026-11-26).
+    """
+
+    def forward_cpu(self, x: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        fits = x.is_contiguous() and x.dtype == self.weight.dtype and self.hidden_size % KERNEL_MULTIPLE == 0
+        if not fits:
+            return self.forward_native(x, residual)
+        if residual is None:
+            normed = torch.empty_like(x)
+            ops.rms_norm(normed, x, self.weight.data, self.variance_epsilon)
+            return normed
+        ops.fused_add_rms_norm(x, residual, self.weight.data, self.variance_epsilon)
+        return x, residual
 
 
 class ToMoELayerNorm(nn.LayerNorm):
-    """``norm(x)``, or with a residual ``(norm(x + residual), x + residual)``. ``x``: [T, D]."""
+    """torch's LayerNorm."""
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
         if residual is None:

@@ -19,7 +19,6 @@ from transformers import PreTrainedConfig
 from vllm.compilation.decorators import support_torch_compile
 from vllm.config import VllmConfig
 from vllm.distributed import get_pp_group
-from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from vllm.model_executor.models.interfaces import SupportsLoRA, SupportsPP, SupportsQuant
@@ -36,7 +35,7 @@ from vllm.sequence import IntermediateTensors
 from tomoe_vllm.hf.configuration_tomoe import base_model_type
 from tomoe_vllm.layers.attention import ToMoEAttention
 from tomoe_vllm.layers.expert_mlp import make_expert_mlp
-from tomoe_vllm.layers.layernorm import ToMoELayerNorm
+from tomoe_vllm.layers.layernorm import ToMoELayerNorm, ToMoERMSNorm
 from tomoe_vllm.layers.shared_mlp import ToMoESharedMLP
 from tomoe_vllm.models.strict_loading import load_strictly
 
@@ -50,7 +49,7 @@ class Decoder:
     mlp_bias: bool | str = False
     lm_head_bias: bool = False
     has_qk_norm: bool = False
-    norm: type[nn.Module] = RMSNorm
+    norm: type[nn.Module] = ToMoERMSNorm
     norm_eps: str = "rms_norm_eps"
     final_norm: str = "norm"
     is_parallel: bool = False  # attention and MLP read the same LayerNorm and are added (Phi)
