@@ -46,6 +46,7 @@ class Layer:
         masks = torch.zeros(shape.num_experts, neurons).scatter_(1, order[:, :width], 1.0)
         self.masks = masks[:, neuron_order(masks)]  # the layer orders weights too; these are random anyway
         self.neuron_ids, self.widths = neuron_lists(self.masks)
+        self.thresholds = load_thresholds()
         down = self.down.flatten(1)
         self.packed_up = ops.create_onednn_mm(self.up.contiguous().t(), 32)
         self.packed_down = ops.create_onednn_mm(down, 32)
@@ -74,8 +75,7 @@ class Layer:
 
     def shared(self, x: Tensor, expert_ids: Tensor) -> Tensor:
         lists = self.neuron_ids, self.widths
-        thresholds = load_thresholds()
-        return expert_mlp(x, expert_ids, self.up, None, self.down, self.masks, *lists, "silu", thresholds)
+        return expert_mlp(x, expert_ids, self.up, None, self.down, self.masks, *lists, "silu", self.thresholds)
 
     def fused(self, x: Tensor, expert_ids: Tensor) -> Tensor:
         from vllm import _custom_ops as ops

@@ -115,8 +115,8 @@ def expert_mlp(
 
     The weights must have passed :func:`require_weights`. Raises ``ValueError`` for ``hidden_states`` of another width.
     """
-    if hidden_states.shape[-1] != up_weight.shape[1]:
-        raise ValueError(f"hidden_states has {hidden_states.shape[-1]} columns; the weights have {up_weight.shape[1]}")
+    if (width := hidden_states.size(-1)) != up_weight.size(1):
+        raise ValueError(f"hidden_states has {width} columns; the weights have {up_weight.size(1)}")
     return torch.ops.tomoe.expert_mlp(
         hidden_states,
         expert_ids,
