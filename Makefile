@@ -32,7 +32,7 @@ endif
 demo: install    ## convert, serve and measure a real 135M model (under 20 minutes on 2 cores)
 	$(BIN)/python examples/demo.py
 
-test: install    ## the tests, without the slow ones (under 10 minutes on 2 cores)
+test: install    ## the tests, without the slow ones (15 minutes on 2 cores)
 	$(BIN)/python -m pytest -m "not slow" --durations=15
 
 test-slow: install ## the rest: torch.compile, the real model, the wheel

@@ -27,11 +27,14 @@ def test_unknown_shape_is_an_error_that_lists_the_known():
         shape_of("2b")
 
 
-def test_ways_take_turns_and_warm_up_is_not_counted():
+def test_ways_take_turns_in_changing_order_and_warm_up_is_not_counted():
     order = []
-    samples = interleave({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, rounds=2, warm_up=1)
-    assert order == ["a", "b"] * 3
-    assert [len(values) for values in samples.values()] == [2, 2]
+    samples = interleave({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, rounds=40, warm_up=10)
+    rounds = [order[i : i + 2] for i in range(0, len(order), 2)]
+    assert len(rounds) == 50
+    assert {tuple(sorted(pair)) for pair in rounds} == {("a", "b")}, "each once in each round"
+    assert 10 < rounds.count(["a", "b"]) < 40
+    assert [len(values) for values in samples.values()] == [40, 40]
 
 
 def test_summary_is_median_and_quartiles():

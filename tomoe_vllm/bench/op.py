@@ -154,9 +154,9 @@ def walk(calls: Mapping[str, Callable[[Any], Tensor]], layers: list) -> dict[str
 
 
 def rounds_of(shape: Shape, num_tokens: int) -> int:
-    """About two seconds per way, between 7 and 90 rounds."""
+    """About two seconds per way, between 7 and 400 rounds."""
     seconds = max(shape.mlp_bytes / 30e9, 6 * shape.hidden_size * shape.intermediate_size * num_tokens / 200e9)
-    return max(7, min(90, math.ceil(2 / seconds)))
+    return max(7, min(400, math.ceil(2 / seconds)))
 
 
 def check(calls: dict[str, Call], layer: Layer) -> None:

@@ -8,7 +8,6 @@ from torch import Tensor, nn
 from vllm import _custom_ops as ops
 from vllm.model_executor.layers.layernorm import RMSNorm
 
-
 KERNEL_MULTIPLE = 32
 """Widths that vLLM's kernel takes: whole vectors, of at most so many elements."""
 
@@ -16,9 +15,9 @@ KERNEL_MULTIPLE = 32
 class ToMoERMSNorm(RMSNorm):
     """vLLM's RMSNorm, on CPUs with vLLM's own compiled kernel, which it takes on GPUs only.
 
-    With a residual both tensors are overwritten, as on GPUs. In plain torch a norm makes four tensors of x's size, ten
-    times as slow; and with nothing larger between them, as the shared layout has it, glibc does not fill the holes they
-    leave, so that a server grows (docs/log.md, 2026-11-26).
+    With a residual both tensors are overwritten, as on GPUs. In plain torch a norm makes four tensors of x's size and
+    takes 4 to 12 times as long (benchmarks/norms.py); and with nothing larger between them, as the shared layout has
+    it, glibc does not fill the holes they leave, so that a server grows (docs/log.md, 2026-11-26).
     """
 
     def forward_cpu(self, x: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:

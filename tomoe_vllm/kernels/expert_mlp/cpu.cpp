@@ -30,7 +30,8 @@ using torch::stable::Tensor;
 
 constexpr int64_t kPassTokens = 1024;     // tokens per pass over the weights: bounds the scratch memory
 constexpr int64_t kBlockBytes = 1 << 18;  // weights of a block of phase 1: it and the next are half of a 1 MB L2
-constexpr int64_t kLeastRows = 12, kMostRows = 128;  // neurons of such a block
+constexpr int64_t kLeastRows = 12, kMostRows = 128;  // neurons of such a block,
+constexpr int64_t kLeastBlocks = 16;                 // and blocks, so that no thread waits long for the last
 // Of many tokens threads claim parts of the neurons. An expert's rows of a part stay in L3 while chunks of its tokens
 // come back to them, so there are 8 at least (1b: 5.6 MB each); and 4 a thread, so that none waits long for the last.
 constexpr int64_t kLeastParts = 8, kPartsPerThread = 4;
@@ -55,10 +56,9 @@ void up_by_expert(const Problem& p, const Sorted& sorted, const float* columns, 
                   std::atomic<int64_t>& claimed) {
   const int64_t parts = std::max(kLeastParts, kPartsPerThread * omp_get_num_threads());
   const int64_t part = ceil_div(sorted.touched.size, parts);
-  for (int64_t b = claimed++; b < parts; b = claimed++) {
-    const Rows share{std::min(b * part, sorted.touched.size), std::min((b + 1) * part, sorted.touched.size)};
+  for (int64_t b = claimed++; b < parts; b = claimed++)
     for (const Group& group : sorted.groups) {
-      const Rows rows = rows_between(sorted, group.neurons, share);
+      const Rows rows = rows_between(sorted, group.neurons, b * part, (b + 1) * part);
       if (group.is_in_lanes) up_in_lanes(p, group, rows, columns, h);
       else for (int64_t i = rows.begin; i < rows.end; i += block) {
         const Rows now{i, std::min(i + block, rows.end)}, later{now.end, std::min(now.end + block, rows.end)};
@@ -66,7 +66,6 @@ void up_by_expert(const Problem& p, const Sorted& sorted, const float* columns, 
         up_chunks(p, sorted, group, now, h, local, ahead);
       }
     }
-  }
 }
 
 // Tokens [first, first + count) through both phases.
@@ -81,9 +80,8 @@ void run_pass(const Problem& p, const int64_t* expert_ids, int64_t first, int64_
   float* columns = has_lanes ? scratch(2, count * p.depth) : nullptr;
   const int64_t row_bytes = p.depth * p.rows_per_neuron * static_cast<int64_t>(sizeof(float));
   const int64_t near = count == 1 ? kMostRows : kBlockBytes / row_bytes;  // a token alone comes back to no row
-  const int64_t block = std::clamp(near, kLeastRows, kMostRows);
-  Shares blocks(sorted.touched.size, kLeastRows, block, threads);
-  std::atomic<int64_t> claimed_parts{0}, claimed_panels{0};
+  const int64_t block = std::clamp(std::min(near, sorted.touched.size / kLeastBlocks), kLeastRows, kMostRows);
+  std::atomic<int64_t> claimed{0}, claimed_panels{0};
 #pragma omp parallel num_threads(threads)
   {
     const int64_t thread = omp_get_thread_num(), team = omp_get_num_threads();
@@ -92,8 +90,8 @@ void run_pass(const Problem& p, const int64_t* expert_ids, int64_t first, int64_
       lay_out_lanes(p, sorted, columns, thread, team);
 #pragma omp barrier
     }
-    if (sorted.most_tokens >= kManyTokens) up_by_expert(p, sorted, columns, h, local, block, claimed_parts);
-    else up_in_turn(p, sorted, h, local, blocks);
+    if (sorted.most_tokens >= kManyTokens) up_by_expert(p, sorted, columns, h, local, block, claimed);
+    else up_in_turn(p, sorted, h, local, block, claimed);
 #pragma omp barrier
     down_in_panels(p, sorted, h, claimed_panels);
   }

@@ -1,7 +1,6 @@
 // What one pass of tomoe::expert_mlp works on: the weights, and the tokens sorted by expert.
 #pragma once
 #include <algorithm>
-#include <atomic>
 #include <cstdint>
 #include <vector>
 
@@ -71,33 +70,12 @@ inline Rows rows_in_block(const List& list, int64_t first, int64_t last) {
   return {a - list.ids, std::lower_bound(a, end, static_cast<int32_t>(last)) - list.ids};
 }
 
-// The entries of a list between two of the neurons that any token needs: shares of equal work.
-inline Rows rows_between(const Sorted& sorted, const List& list, const Rows& needed) {
-  if (needed.count() == 0) return {list.size, list.size};
-  return rows_in_block(list, sorted.touched.ids[needed.begin], sorted.touched.ids[needed.end - 1] + 1);
+// The entries of a list between the begin-th and the end-th neuron that any token needs: shares of equal work.
+inline Rows rows_between(const Sorted& sorted, const List& list, int64_t begin, int64_t end) {
+  end = std::min(end, sorted.touched.size);
+  if (begin >= end) return {list.size, list.size};
+  return rows_in_block(list, sorted.touched.ids[begin], sorted.touched.ids[end - 1] + 1);
 }
-
-// Neurons that threads claim, a block at a time: a multiple of ``least``. The last ones are smaller, so that threads end
-// together.
-class Shares {
- public:
-  Shares(int64_t size, int64_t least, int64_t most, int64_t threads)
-      : size_(size), least_(least), most_(most), parts_(kPartsOfRest * threads) {}
-
-  Rows claim() {  // empty when nothing is left
-    int64_t begin = begin_.load(std::memory_order_relaxed), end;
-    do {
-      const int64_t left = size_ - begin;
-      end = begin + std::min(left, std::clamp(left / parts_ / least_ * least_, least_, most_));
-    } while (!begin_.compare_exchange_weak(begin, end, std::memory_order_relaxed));
-    return {begin, end};
-  }
-
- private:
-  static constexpr int64_t kPartsOfRest = 4;  // of what is left, a thread's, that a block is at most
-  std::atomic<int64_t> begin_{0};
-  int64_t size_, least_, most_, parts_;
-};
 
 // Stable counting sort of tokens [first, first + count) by expert.
 inline Sorted sort_tokens(const Problem& p, const int64_t* expert_ids, int64_t first, int64_t count) {

@@ -124,21 +124,22 @@ inline void up_chunks(const Problem& p, const Sorted& sorted, const Group& group
   }
 }
 
-// Experts take turns at blocks of neurons, while a block is near: memory is read once. With many tokens a block is
-// claimed one ahead, so that it is known which rows to fetch meanwhile, and memory works as long as the arithmetic does.
-inline void up_in_turn(const Problem& p, const Sorted& sorted, float* h, float* local, Shares& blocks) {
-  const bool is_fetching = sorted.is_fetching();
-  for (Rows block = blocks.claim(), next; block.count() > 0; block = next) {
-    if (is_fetching) next = blocks.claim();
+// Experts take turns at blocks of neurons, while a block is near: memory is read once. Blocks are claimed one ahead, so
+// that it is known which rows to fetch while one is computed with, and memory works as long as the arithmetic does.
+inline void up_in_turn(const Problem& p, const Sorted& sorted, float* h, float* local, int64_t block,
+                       std::atomic<int64_t>& claimed) {
+  const int64_t num_blocks = ceil_div(sorted.touched.size, block);
+  for (int64_t b = claimed++, next; b < num_blocks; b = next) {
+    next = claimed++;
     int64_t tiles = 0;
     for (const Group& group : sorted.groups)
-      tiles += num_tiles(p, sorted, group, rows_between(sorted, group.neurons, block).count());
-    Ahead ahead(p, sorted.touched, is_fetching ? next : Rows{0, 0}, tiles);
+      tiles += num_tiles(p, sorted, group, rows_between(sorted, group.neurons, b * block, (b + 1) * block).count());
+    const int64_t fetched = sorted.is_fetching() ? block : 0;
+    Ahead ahead(p, sorted.touched, rows_between(sorted, sorted.touched, next * block, next * block + fetched), tiles);
     for (const Group& group : sorted.groups) {
-      const Rows rows = rows_between(sorted, group.neurons, block);
+      const Rows rows = rows_between(sorted, group.neurons, b * block, (b + 1) * block);
       if (rows.count() > 0) up_chunks(p, sorted, group, rows, h, local, ahead);
     }
-    if (!is_fetching) next = blocks.claim();
   }
 }
 
