@@ -11,7 +11,7 @@ import torch
 
 def interleave(ways: Mapping[str, Callable[[], object]], rounds: int, warm_up: int = 1) -> dict[str, list[float]]:
     """Seconds of each way in each round. The ways take turns, so that noise hits them alike, in another order in each
-    round: what one leaves in the caches speeds the next one up, by 5 % where two versions of one kernel follow another.
+    round: what one leaves in the caches helps or hinders the next one.
     """
     samples: dict[str, list[float]] = {name: [] for name in ways}
     order, shuffle = list(ways), random.Random(0).shuffle
