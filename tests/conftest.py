@@ -1,5 +1,6 @@
 """Fixtures of the fast suite: one thread, no hub, caches in a folder that vanishes."""
 
+import gc
 import os
 import shutil
 import tempfile
@@ -25,7 +26,14 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: item.get_closest_marker("engine") is not None)
 
 
+def pytest_collection_finish():
+    """What was imported stays: Python's collector need not pass over it again and again."""
+    gc.collect()
+    gc.freeze()
+
+
 def pytest_unconfigure(config):
+    gc.unfreeze()  # else extension modules report what they find alive at the end as leaked
     shutil.rmtree(config.hf_home, ignore_errors=True)
 
 
