@@ -1,30 +1,28 @@
-"""The playground in a real Chromium on a live server: chat, colours, slider, heat map, gauges, keyboard, contrast.
+"""The playground in a real Chromium on a live server: key, chat, colours, slider, heat map, gauges, keyboard, contrast.
 
 The model is tiny and random, its tokens are words: what the page says of an expert is compared with the routes of the
 Hugging Face reference.
 """
 
-import json
 import re
-import urllib.request
+from collections import Counter
 
 import numpy as np
 import pytest
 
 from serving.budget import Budget
 from tests.helpers.browser import CHROMIUM, CONTRAST, accessible_nodes, chromium
-from tests.helpers.dense_models import word_tokenizer
-from tests.helpers.expert_server import running
 from tests.helpers.routes import reference_routes
-from tests.helpers.tiny_models import NUM_EXPERTS, save_tiny_model
+from tests.helpers.tiny_models import NUM_EXPERTS
+from tests.serving.conftest import KEY
 from tests.serving.test_deploy import dashboard_metrics
+from tomoe_vllm.hf.modeling_tomoe import MODEL_CLASSES
 
 pytestmark = [
     pytest.mark.engine,
     pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed (apt-get install chromium)"),
 ]
 
-TEMPLATE = "{% for message in messages %}{{ message['content'] + ' ' }}{% endfor %}"
 WAIT_MS = 120_000
 BUDGET = {
     "model": "tiny",
@@ -43,24 +41,7 @@ BUDGET = {
         "observed_tpot_ms": 41.5, "is_draining": False,
     },
 }  # fmt: skip
-"""What /v1/tomoe/budget answers, checked against the server's own model: this launcher has no such route."""
-
-
-@pytest.fixture(scope="module")
-def model_folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("page") / "tiny"
-    model = save_tiny_model(folder, "llama", seed=5)
-    tokenizer = word_tokenizer(adds_bos=False)
-    tokenizer.chat_template = TEMPLATE
-    tokenizer.save_pretrained(folder)
-    return model, folder
-
-
-@pytest.fixture(scope="module")
-def address(model_folder):
-    flags = "--max-model-len", "512", "--max-num-seqs", "4", "--num-gpu-blocks-override", "64"
-    with running(model_folder[1], *flags, "--served-model-name", "tiny") as address:
-        yield address
+"""What /v1/tomoe/budget answers for a larger model: the tiny one's counts have no units."""
 
 
 @pytest.fixture(scope="module")
@@ -70,24 +51,31 @@ def context(tmp_path_factory):
 
 
 @pytest.fixture
-def page(context, address):
-    """The open page; afterwards nothing may have been asked of another host, and nothing complained."""
+def page(context, server):
+    """The open page, with its key; afterwards nothing may have been asked of another host, and nothing complained."""
     page = context.new_page()
     requests, complaints = [], []
     page.on("request", lambda request: requests.append(request.url))
     page.on("pageerror", lambda error: complaints.append(str(error)))
     page.on("console", lambda line: complaints.append(line.text) if "Content Security" in line.text else None)
-    page.goto(f"{address}/")
+    page.goto(f"{server.url}/")
+    enter_key(page, KEY)
     page.wait_for_selector("#legend li", timeout=WAIT_MS)
     yield page
     page.close()
     assert requests
-    assert [url for url in requests if not url.startswith(f"{address}/")] == []
+    assert [url for url in requests if not url.startswith(f"{server.url}/")] == []
     assert complaints == []
 
 
-def get(address: str, path: str) -> dict:
-    return json.load(urllib.request.urlopen(f"{address}{path}", timeout=60))
+def enter_key(page, key: str) -> None:
+    page.fill("#key", key)
+    page.press("#key", "Enter")
+
+
+def get(server, path: str) -> dict:
+    with server.client() as client:
+        return client.get(path).raise_for_status().json()
 
 
 def ask(page, text: str, num_tokens: int = 24) -> str:
@@ -107,16 +95,11 @@ def ask(page, text: str, num_tokens: int = 24) -> str:
     return sent.value.post_data_json["vllm_xargs"]["tomoe_trace"]
 
 
-def greedy_tokens(address: str, text: str, num_tokens: int = 24) -> tuple[list[int], list[int]]:
+def greedy_tokens(server, text: str, num_tokens: int = 24) -> tuple[list[int], list[int]]:
     """Token ids of the prompt and of the answer that :func:`ask` gets: greedy, so it is the same again."""
-    body = {
-        "model": "tiny", "messages": [{"role": "user", "content": text}], "temperature": 0, "max_tokens": num_tokens,
-        "return_token_ids": True,
-    }  # fmt: skip
-    request = urllib.request.Request(
-        f"{address}/v1/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
-    )
-    answer = json.load(urllib.request.urlopen(request, timeout=120))
+    body = {"messages": [{"role": "user", "content": text}], "temperature": 0, "max_tokens": num_tokens}
+    with server.client() as client:
+        answer = client.post("/v1/chat/completions", json=body | {"return_token_ids": True}).raise_for_status().json()
     return answer["prompt_token_ids"], answer["choices"][0]["token_ids"]
 
 
@@ -132,12 +115,13 @@ def move_slider(page, layer: int) -> None:
         page.keyboard.press("ArrowRight")
 
 
-def test_every_token_has_the_colour_of_the_references_expert(page, address, model_folder):
+def test_every_token_has_the_colour_of_the_references_expert(page, server, served_model):
     ask(page, "w1 w20 w45 w7 w80")
-    prompt, tokens = greedy_tokens(address, "w1 w20 w45 w7 w80")
+    prompt, tokens = greedy_tokens(server, "w1 w20 w45 w7 w80")
     assert len(tokens) > 8
     assert len(shown_experts(page)) == len(tokens)
-    routes = reference_routes(model_folder[0], prompt + tokens)[len(prompt) :]
+    model = MODEL_CLASSES["llama"].from_pretrained(served_model)
+    routes = reference_routes(model, prompt + tokens)[len(prompt) :]
     seen = []
     for layer in range(routes.shape[1]):
         move_slider(page, layer)
@@ -151,10 +135,10 @@ def test_every_token_has_the_colour_of_the_references_expert(page, address, mode
     assert len(set(fills)) == len({expert for expert in seen[-1] if expert is not None}) > 1
 
 
-def test_heat_map_shows_what_the_server_counted(page, address):
+def test_heat_map_shows_what_the_server_counted(page, server):
     ask(page, "w3 w9")
     page.wait_for_timeout(3500)  # the page asks every two seconds, the server counts at most once a second
-    report = get(address, "/v1/tomoe/experts")
+    report = get(server, "/v1/tomoe/experts")
     cells = page.locator(".heat tbody tr").evaluate_all(
         "rows => rows.map(r => [...r.cells].slice(1).map(c => c.innerText))"
     )
@@ -168,8 +152,7 @@ def test_heat_map_shows_what_the_server_counted(page, address):
     assert page.input_value("#layer") == "2"
 
 
-def test_gauges_measure_and_say_what_is_not_available(page):
-    assert page.inner_text("#budget") == "Not available"
+def test_gauges_measure(page):
     ask(page, "w3 w9")
     for gauge in ("#ttft", "#tpot"):
         assert re.fullmatch(r"\d+(\.\d+)? ?m?s", page.inner_text(gauge).replace("\n", "")), page.inner_text(gauge)
@@ -177,10 +160,25 @@ def test_gauges_measure_and_say_what_is_not_available(page):
     assert page.locator("#sparkline rect").count() == int(page.inner_text("#num-tokens")) - 1
 
 
-def test_budget_is_shown_where_the_server_has_one(page):
+def test_budget_is_the_servers(page, server):
+    page.wait_for_selector("#budget meter", timeout=WAIT_MS)
+    budget = server.budget()
+    share = budget["cost"]["active_parameters"] / budget["cost"]["total_parameters"]
+    text = page.inner_text("#budget")
+    assert f"({share:.0%})".replace("%", " %") in text
+    assert f"0 of {budget['capacity']['max_sequences']}, 0" in text
+    assert page.locator("#budget meter").first.evaluate("meter => meter.value") == pytest.approx(share, abs=1e-3)
+
+
+def test_budget_that_a_server_does_not_have_is_not_available(page):
+    page.route("**/v1/tomoe/budget", lambda route: route.fulfill(status=404, json={"error": "Not Found"}))
+    page.wait_for_selector("#budget :text-is('Not available')", timeout=WAIT_MS)
+
+
+def test_budget_of_a_larger_model_has_units(page):
     answer = Budget.model_validate(BUDGET).model_dump()
     page.route("**/v1/tomoe/budget", lambda route: route.fulfill(json=answer))
-    page.wait_for_selector("#budget meter", timeout=WAIT_MS)
+    page.wait_for_selector("#budget :text('94M')", timeout=WAIT_MS)
     text = page.inner_text("#budget")
     for expected in (
         "94M of 135M (70 %)",
@@ -265,42 +263,42 @@ def test_everything_that_can_be_reached_has_a_name(page):
     assert page.inner_text("#status").startswith("Answer complete. ")
 
 
-def test_page_asks_for_a_key_where_the_server_wants_one(context, address):
+def test_page_asks_for_a_key_where_the_server_wants_one(context, server):
     page = context.new_page()
-    asked = []
-
-    def guard(route):
-        asked.append(route.request.headers.get("authorization"))
-        if asked[-1] == "Bearer secret":
-            route.continue_()
-        else:
-            route.fulfill(status=401, json={"error": "Unauthorized"})
-
-    page.route("**/v1/**", guard)
-    page.goto(f"{address}/")
-    page.wait_for_selector("#key", state="visible", timeout=WAIT_MS)
-    page.fill("#key", "secret")
-    page.press("#key", "Enter")
+    requests = []
+    page.on("request", lambda request: requests.append(request))  # playwright marks what it calls: no builtin
+    page.goto(f"{server.url}/")
+    with page.expect_response(lambda response: response.status == 401):
+        enter_key(page, "wrong")
+    assert page.locator("#key").is_visible()
+    enter_key(page, KEY)
     page.wait_for_selector("#legend li", timeout=WAIT_MS)
     assert page.locator("#key").is_hidden()
-    assert asked[0] is None
+    keys = [request.headers.get("authorization") for request in requests if "/v1/" in request.url]
+    assert keys[:3] == [None, "Bearer wrong", f"Bearer {KEY}"]
     assert page.evaluate("[localStorage.length, sessionStorage.length, document.cookie]") == [0, 1, ""]
     page.close()
 
 
-def test_every_metric_of_the_dashboard_is_on_metrics(page, address):
+def test_every_metric_of_the_dashboard_is_on_metrics(page, server):
     ask(page, "w1 w2 w3")
     ask(page, "w4")
-    exposed = urllib.request.urlopen(f"{address}/metrics", timeout=60).read().decode()
-    samples = set(re.findall(r"^([a-zA-Z_:][\w:]*)[{ ]", exposed, re.MULTILINE))
-    assert dashboard_metrics() - samples == set()
-    own = [line for line in exposed.splitlines() if line.startswith("tomoe_")]
-    layers, experts = 3, NUM_EXPERTS
-    assert len(own) == layers * experts + 2 * layers + len(get(address, "/v1/tomoe/experts")["step_paths"])
+    with server.client() as client:
+        exposed = client.get("/metrics").raise_for_status().text
+    samples = Counter(re.findall(r"^([a-zA-Z_:][\w:]*)[{ ]", exposed, re.MULTILINE))
+    assert dashboard_metrics() - set(samples) == set()
+    layers = 3
+    expected = {
+        "tomoe_expert_tokens_total": layers * NUM_EXPERTS,
+        "tomoe_expert_load_imbalance": layers,
+        "tomoe_neuron_union_ratio": layers,
+        "tomoe_step_path_total": len(get(server, "/v1/tomoe/experts")["step_paths"]),
+    }
+    assert {name: samples[name] for name in expected} == expected
 
 
 def test_stopped_answer_keeps_what_came(page):
-    page.fill("#max-tokens", "400")
+    page.fill("#max-tokens", "200")
     page.fill("#prompt", "w11 w12")
     page.press("#prompt", "Enter")
     page.wait_for_selector(".answer [data-index]", timeout=WAIT_MS)
