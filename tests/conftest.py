@@ -26,6 +26,21 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: item.get_closest_marker("engine") is not None)
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """``pytest -n 2``: files go to processes whole and in the order above, those that share a server to one."""
+    from xdist.scheduler import LoadFileScheduling
+
+    served = "tests/serving/"
+
+    class Scheduling(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return served if nodeid.startswith(served) else super()._split_scope(nodeid)
+
+    config.option.loadscopereorder = False
+    return Scheduling(config, log)
+
+
 def pytest_collection_finish():
     """What was imported stays: Python's collector need not pass over it again and again."""
     gc.collect()
