@@ -186,19 +186,31 @@ def test_tolerance_catches_small_faults(break_it):
     assert max(relative_rms(run(broken), expected)) > 1e-3
 
 
-def test_portable_vectors_agree_too(tmp_path):
-    """The code of CPUs without AVX-512, in a process of its own."""
+@pytest.mark.parametrize("lanes", [8, pytest.param(16, marks=pytest.mark.slow)])
+def test_vectors_of_other_cpus_agree_too(monkeypatch, lanes):
+    """Tiles of CPUs without AVX-512, and with it, in portable vectors and in a process of their own."""
     from tests.helpers.processes import environment, python
 
-    library = native.build("AVX2" if torch.backends.cpu.get_cpu_capability() == "AVX512" else "DEFAULT")
+    capability = torch.backends.cpu.get_cpu_capability()
+    flags = {
+        8: native.ISA_FLAGS["AVX2"] if capability == "AVX512" else (),
+        16: (*native.ISA_FLAGS.get(capability, ()), "-mno-avx512f", "-DTOMOE_LANES=16", "-O1"),
+    }[lanes]
+    monkeypatch.setitem(native.ISA_FLAGS, "another", flags)
     code = f"""
 import torch
 import tests.test_expert_mlp as t
 import tomoe_vllm.kernels.route
-torch.ops.load_library({str(library)!r})
-for case in t.CASES:
-    made = t.make_case(**case.values[0])
-    t.assert_close(t.run(made), t.expected_output(made), 1e-5)
+torch.ops.load_library({str(native.build("another"))!r})
+for threads in (1, 2):
+    torch.set_num_threads(threads)
+    for case in t.CASES:
+        t.test_equals_the_reference(case.values[0], threads)
+    for experts in (8, 1):
+        t.test_a_token_does_not_depend_on_its_batch_not_even_in_the_last_bit(experts, threads, True)
+    for tokens in (1, 40, 150):
+        t.test_w_down_may_come_in_panels(tokens, 192, 64, threads)
+t.test_routes_as_the_equations_do(70, 8)
 print("all")
 """
     result = python("-c", code, env=environment())

@@ -11,11 +11,26 @@
 
 namespace tomoe {
 
-// What was measured best on each: the sizes of tiles.
+// Floats in a vector. Portable vectors may have as many as AVX-512's, so that its tiles can be tested anywhere.
+#ifndef TOMOE_LANES
 #ifdef __AVX512F__
+#define TOMOE_LANES 16
+#else
+#define TOMOE_LANES 8
+#endif
+#endif
+constexpr int kWidth = TOMOE_LANES;
+
+// What was measured best on each: the sizes of tiles.
+#if TOMOE_LANES == 16
 // 32 registers: a tile of 24 sums leaves room for its operands.
-constexpr int kWidth = 16, kDotTokens = 4, kDotRows = 6, kLoneDotRows = 12, kLaneVecs = 4, kLaneRows = 6;
-constexpr int kDownTokens = 6, kDownVecs = 4;
+constexpr int kDotTokens = 4, kDotRows = 6, kLoneDotRows = 12, kLaneVecs = 4, kLaneRows = 6, kDownTokens = 6, kDownVecs = 4;
+#else
+// 16 registers under AVX2: a tile of 12 sums leaves room for its operands.
+constexpr int kDotTokens = 3, kDotRows = 4, kLoneDotRows = 8, kLaneVecs = 2, kLaneRows = 6, kDownTokens = 6, kDownVecs = 2;
+#endif
+
+#ifdef __AVX512F__
 using Vec = __m512;
 
 inline __mmask16 first_lanes(int64_t n) { return static_cast<__mmask16>((1u << n) - 1); }
@@ -38,29 +53,35 @@ inline void sum4(const Vec* v, float* out) {
   _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1)));
 }
 #else
-// 16 registers under AVX2: a tile of 12 sums leaves room for its operands.
-constexpr int kWidth = 8, kDotTokens = 3, kDotRows = 4, kLoneDotRows = 8, kLaneVecs = 2, kLaneRows = 6;
-constexpr int kDownTokens = 6, kDownVecs = 2;
-typedef float Vec __attribute__((vector_size(32)));
+typedef float Vec __attribute__((vector_size(kWidth * sizeof(float))));
 
 inline Vec zero() { return Vec{}; }
-// Not Vec{} + value: GCC then loads a scalar and broadcasts it from a register, on a port of the fmas.
-inline Vec broadcast(float value) { return Vec{value, value, value, value, value, value, value, value}; }
 inline Vec load(const float* p) { Vec v; std::memcpy(&v, p, sizeof v); return v; }
 inline Vec load_first(const float* p, int64_t n) { Vec v{}; std::memcpy(&v, p, n * sizeof(float)); return v; }
 inline void store(float* p, Vec v) { std::memcpy(p, &v, sizeof v); }
 inline void store_first(float* p, Vec v, int64_t n) { std::memcpy(p, &v, n * sizeof(float)); }
 inline Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }  // contracted to one instruction where there is one
 
+#if defined(__AVX2__) && TOMOE_LANES == 8
+// Not Vec{} + value: GCC then loads a scalar and broadcasts it from a register, on a port of the fmas.
+inline Vec broadcast(float value) { return Vec{value, value, value, value, value, value, value, value}; }
+
 inline void sum4(const Vec* v, float* out) {
-#ifdef __AVX2__
   const Vec abcd = _mm256_hadd_ps(_mm256_hadd_ps(v[0], v[1]), _mm256_hadd_ps(v[2], v[3]));
   _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(abcd), _mm256_extractf128_ps(abcd, 1)));
-#else
-  for (int i = 0; i < 4; ++i)
-    out[i] = ((v[i][0] + v[i][1]) + (v[i][2] + v[i][3])) + ((v[i][4] + v[i][5]) + (v[i][6] + v[i][7]));
-#endif
 }
+#else
+inline Vec broadcast(float value) { return Vec{} + value; }
+
+inline void sum4(const Vec* v, float* out) {
+  for (int i = 0; i < 4; ++i) {
+    Vec sums = v[i];
+    for (int step = 1; step < kWidth; step *= 2)
+      for (int lane = 0; lane < kWidth; lane += 2 * step) sums[lane] += sums[lane + step];
+    out[i] = sums[0];
+  }
+}
+#endif
 #endif
 
 // ------------------------------------------------------------------------------------------ activations
