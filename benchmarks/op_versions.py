@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from tomoe_vllm.bench.measure import interleave, summary
-from tomoe_vllm.bench.op import Call, Layer, check, make_layers, rounds_of, walk
+from tomoe_vllm.bench.op import Call, Layer, call_with, check, draw_experts, make_layers, rounds_of, walk
 from tomoe_vllm.bench.shapes import SHAPES
 from tomoe_vllm.kernels import native
 from tomoe_vllm.kernels.expert_mlp.rows import empty_rows
@@ -90,11 +90,10 @@ def main() -> None:
     generator = torch.Generator().manual_seed(1)
     for num_tokens in arguments.tokens:
         x = torch.randn(num_tokens, shape.hidden_size, generator=generator)
-        ids = torch.randint(shape.num_experts, (num_tokens,), generator=generator)
+        draws = draw_experts(shape.num_experts, num_tokens, generator)
         calls: dict[str, Call] = {"dense": lambda layer, x=x: layer.dense(x)}
-        calls["fused"] = lambda layer, x=x, ids=ids: layer.fused(x, ids)
-        calls |= {v: lambda layer, op=op, x=x, ids=ids: op(layer, x, ids) for v, op in ops.items()}
-        check(calls | {"masked": lambda layer, x=x, ids=ids: layer.masked(x, ids)}, layers[0])
+        calls |= {name: call_with(way, x, draws) for name, way in ({"fused": Layer.fused} | ops).items()}
+        check(calls | {"masked": call_with(Layer.masked, x, draws)}, layers[0])
         samples = interleave(walk(calls, layers), rounds=rounds_of(shape, num_tokens), warm_up=2)
         row = {name: summary(values, 1e3) for name, values in samples.items()}
         rows.append({"num_tokens": num_tokens, "ms": row})

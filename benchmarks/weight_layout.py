@@ -22,7 +22,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from tomoe_vllm.bench.measure import interleave, summary
-from tomoe_vllm.bench.op import WALKED_BYTES, rounds_of, walk
+from tomoe_vllm.bench.op import WALKED_BYTES, call_with, draw_experts, rounds_of, walk
 from tomoe_vllm.bench.shapes import SHAPES, Shape
 from tomoe_vllm.hf.tomoe_math import unpack_signature
 from tomoe_vllm.kernels import native
@@ -105,8 +105,8 @@ def main() -> None:
     rows = []
     for num_tokens in arguments.tokens:
         x = torch.randn(num_tokens, hidden_size, generator=generator)
-        ids = torch.randint(len(experts[0]), (num_tokens,), generator=generator)
-        calls = {name: lambda layer, name=name, x=x, ids=ids: layer[name](x, ids) for name in CHANGES}
+        draws = draw_experts(len(experts[0]), num_tokens, generator)
+        calls = {name: call_with(lambda layer, *step, n=name: layer[n](*step), x, draws) for name in CHANGES}
         samples = interleave(walk(calls, layers), rounds=2 * rounds_of(shape, num_tokens), warm_up=2)
         row = {name: summary(values, 1e3) for name, values in samples.items()}
         rows.append({"num_tokens": num_tokens, "ms": row})

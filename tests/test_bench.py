@@ -89,6 +89,17 @@ def test_ways_of_the_op_agree_before_they_are_timed(monkeypatch):
         op.bench_op(TINY, ("dense", "masked", "shared"))
 
 
+def test_each_way_takes_the_same_draws_in_turn():
+    from tomoe_vllm.bench.op import NUM_DRAWS, call_with, draw_experts
+
+    draws = draw_experts(8, 5, torch.Generator().manual_seed(0))
+    assert len(draws) == NUM_DRAWS
+    assert len({tuple(draw.tolist()) for draw in draws}) == NUM_DRAWS
+    calls = [call_with(lambda layer, x, ids, way=way: (way, layer, x, ids), "x", draws) for way in "ab"]
+    for i in range(NUM_DRAWS + 1):
+        assert [call(i) for call in calls] == [(way, i, "x", draws[i % NUM_DRAWS]) for way in "ab"]
+
+
 def test_each_way_is_at_another_layer():
     from tomoe_vllm.bench.op import walk
 

@@ -208,7 +208,7 @@ for threads in (1, 2):
         t.test_equals_the_reference(case.values[0], threads)
     for experts in (8, 1):
         t.test_a_token_does_not_depend_on_its_batch_not_even_in_the_last_bit(experts, threads, True)
-    for tokens in (1, 40, 150):
+    for tokens in (1, 3, 40, 150):
         t.test_w_down_may_come_in_panels(tokens, 192, 64, threads)
 t.test_routes_as_the_equations_do(70, 8)
 print("all")

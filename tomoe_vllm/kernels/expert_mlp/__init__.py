@@ -117,7 +117,7 @@ def expert_mlp(
     """
     if (width := hidden_states.size(-1)) != up_weight.size(1):
         raise ValueError(f"hidden_states has {width} columns; the weights have {up_weight.size(1)}")
-    return torch.ops.tomoe.expert_mlp(
+    return torch.ops.tomoe.expert_mlp.default(
         hidden_states,
         expert_ids,
         up_weight,

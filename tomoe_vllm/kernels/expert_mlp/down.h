@@ -93,10 +93,14 @@ inline void down_rows(const Problem& p, const Sorted& sorted, const Group& group
   const float* down = p.down + d / p.panel_columns * p.panel_stride;
   const int32_t* ids = group.neurons.ids + rows.begin;
   const int32_t* next = group.neurons.ids + std::min(rows.end, group.neurons.size - rows.count());
-  const int64_t num_tiles = ceil_div(group.count, kDownTokens);
-  for (int64_t tile = 0; tile < num_tiles; ++tile) {
-    const int64_t first = group.count * tile / num_tiles;
-    const int tokens = static_cast<int>(group.count * (tile + 1) / num_tiles - first);
+  // Memory likes to be read in one go: where tiles of several tokens take part of the columns and nothing is fetched
+  // ahead, one token takes them all first.
+  const bool is_whole = down_vecs(std::min<int64_t>(group.count, kDownTokens)) * kWidth >= columns;
+  const int64_t lone = !is_whole && !sorted.is_fetching(), others = group.count - lone;
+  const int64_t num_tiles = ceil_div(others, kDownTokens);
+  for (int64_t tile = -lone; tile < num_tiles; ++tile) {
+    const int64_t first = tile < 0 ? 0 : lone + others * tile / num_tiles;
+    const int tokens = static_cast<int>(tile < 0 ? 1 : lone + others * (tile + 1) / num_tiles - first);
     const float* hidden[kDownTokens];
     float* y[kDownTokens];
     for (int t = 0; t < tokens; ++t) {

@@ -42,5 +42,5 @@ def route(hidden_states: Tensor, router_weight: Tensor, record: Tensor | None = 
     the experts too (N at most 255). Returns [T] int64.
     """
     if record is None:
-        return torch.ops.tomoe.route(hidden_states.float(), router_weight)
-    return torch.ops.tomoe.route_recorded(hidden_states.float(), router_weight, record)
+        return torch.ops.tomoe.route.default(hidden_states.float(), router_weight)
+    return torch.ops.tomoe.route_recorded.default(hidden_states.float(), router_weight, record)

@@ -58,6 +58,6 @@ def mask_values(
         return mask_values_reference(
             attention, hidden_states, down_weight, down_bias, norm_weight, norm_bias, up_weight, width
         )
-    return torch.ops.tomoe.mask_values(
+    return torch.ops.tomoe.mask_values.default(
         attention, hidden_states, down_weight, down_bias, norm_weight, norm_bias, up_weight, width
     )
