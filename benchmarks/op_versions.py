@@ -15,6 +15,7 @@ import sys
 import tarfile
 import tempfile
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -24,7 +25,7 @@ from tomoe_vllm.bench.measure import interleave, summary
 from tomoe_vllm.bench.op import Call, Layer, call_with, check, draw_experts, make_layers, rounds_of, walk
 from tomoe_vllm.bench.shapes import SHAPES
 from tomoe_vllm.kernels import native
-from tomoe_vllm.kernels.expert_mlp.rows import empty_rows
+from tomoe_vllm.kernels.expert_mlp.rows import PANEL_WIDTHS, empty_panels, empty_rows
 
 ROOT = Path(__file__).resolve().parent.parent
 KERNELS = "tomoe_vllm/kernels"
@@ -58,18 +59,28 @@ def build(version: str, name: str, folder: Path) -> Callable[[Layer, Tensor, Ten
     torch.ops.load_library(folder / f"{name}.so")
     op = getattr(torch.ops, name).expert_mlp
     takes_panels = "panel" in (folder / name / OP / "problem.h").read_text()
+    widest = re.search(r"kPanelColumns = (\d+)", (folder / name / OP / "down.h").read_text())
+    widths = tuple(width for width in PANEL_WIDTHS if takes_panels and widest and width <= int(widest[1]))
 
     def call(layer: Layer, x: Tensor, ids: Tensor) -> Tensor:
-        down = layer.down if takes_panels else DOWN_ROWS[layer]
+        down = down_of(layer, widths)
         return op(x, ids, layer.up, None, down, layer.masks, layer.neuron_ids, layer.widths, "silu", 0, 1)
 
     return call
 
 
+@cache
+def down_of(layer: Layer, widths: tuple[int, ...]) -> Tensor:
+    """W_down of a layer in the widest panels that a version takes; before 2026-11-26 one row per neuron."""
+    weights = layer.down.flatten(1)
+    if not widths:
+        return empty_rows(*weights.shape).copy_(weights)
+    panels = empty_panels(*weights.shape, widths)
+    return layer.down if panels.shape == layer.down.shape else panels.copy_(weights.unflatten(1, panels.shape[1:]))
+
+
 LIBRARIES: list[torch.library.Library] = []
 """Kept: an op is gone with its library."""
-DOWN_ROWS: dict[Layer, Tensor] = {}
-"""W_down of each layer as one row per neuron, which versions before 2026-11-26 take."""
 
 
 def main() -> None:
@@ -85,8 +96,6 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="tomoe-op-") as folder:
         ops = {v: build(v, f"version{i}", Path(folder)) for i, v in enumerate(arguments.versions)}
     layers = make_layers(shape, ("dense", "fused"))
-    for layer in layers:
-        DOWN_ROWS[layer] = empty_rows(len(layer.down), shape.hidden_size).copy_(layer.down.flatten(1))
     generator = torch.Generator().manual_seed(1)
     for num_tokens in arguments.tokens:
         x = torch.randn(num_tokens, shape.hidden_size, generator=generator)

@@ -7,6 +7,7 @@
 //
 // A token's output does not depend, not even in its last bit, on what else is in the batch, as long as its expert has
 // fewer than kLaneTokens tokens there: in lanes, sums over the columns have another order.
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -97,6 +98,14 @@ void run_pass(const Problem& p, const int64_t* expert_ids, int64_t first, int64_
   }
 }
 
+Tensor empty(int64_t rows, int64_t columns) {
+  const int64_t sizes[] = {rows, columns}, strides[] = {columns, 1};
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(2, sizes, strides, aoti_torch_dtype_float32(),
+                                                         aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
+}
+
 Activation activation_of(const std::string& name) {
   if (name == "silu") return Activation::kSilu;
   if (name == "relu") return Activation::kRelu;
@@ -125,9 +134,10 @@ Tensor expert_mlp(Tensor hidden_states, Tensor expert_ids, Tensor up_weight, std
                   "expert_ids must be int64, neuron_ids and widths int32");
   STD_TORCH_CHECK(depth <= kMaxSlice * kMaxSlices, "tomoe::expert_mlp on CPU takes up to ",
                   kMaxSlice * kMaxSlices, " columns");
-  const Tensor x = torch::stable::contiguous(hidden_states);
-  Tensor out = torch::stable::empty_like(x);
+  // Not what need not be called: the stable ABI looks operators up by name each time, which one token notices.
+  const Tensor x = hidden_states.is_contiguous() ? hidden_states : torch::stable::contiguous(hidden_states);
   const int64_t tokens = x.size(0);
+  const Tensor out = empty(tokens, depth);
   Problem p;
   p.x = static_cast<const float*>(x.data_ptr());
   p.up = static_cast<const float*>(up_weight.data_ptr());

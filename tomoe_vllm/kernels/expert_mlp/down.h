@@ -9,8 +9,9 @@
 
 namespace tomoe {
 
-constexpr int64_t kPanelColumns = 64;  // of W_down that one thread works on; a panel of the weights is no wider
-constexpr int64_t kDownRows = 512;     // neurons of a block: 128 KB of a panel stay in L2 while all tokens pass by
+constexpr int64_t kPanelColumns = 96;  // of W_down that one thread works on, a token alone in one go; a panel of the
+                                       // weights is no wider
+constexpr int64_t kDownRows = 256;     // neurons of a block: 96 KB of a panel stay in L2 while all tokens pass by
 
 // T tokens by V vectors of columns, over the rows of one expert in one block of neurons. Sums stay in registers.
 // ``kNext``: rows ``next`` are fetched meanwhile, one for each that is used. ``kInLanes``: the tokens' activations

@@ -2,7 +2,7 @@
 
 import mmap
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ ARENA = 256 << 20
 """Bytes mapped at once: address space, until they are written to."""
 LINE_BYTES = 64
 """A cache line."""
-PANEL_WIDTHS = (64, 48, 32)
+PANEL_WIDTHS = (96, 64, 48, 32)
 """Columns of a panel of W_down, at most ``kPanelColumns`` of down.h."""
 
 
@@ -30,14 +30,14 @@ def empty_rows(num_rows: int, hidden_size: int) -> Tensor:
     return _empty(num_rows * stride).view(num_rows, stride)[:, :hidden_size]
 
 
-def empty_panels(num_rows: int, hidden_size: int) -> Tensor:
+def empty_panels(num_rows: int, hidden_size: int, widths: Sequence[int] = PANEL_WIDTHS) -> Tensor:
     """The same for W_down on a CPU: [num_rows, panels, hidden_size / panels], each panel's rows one after the other.
 
     A thread takes a panel of columns at a time, and reads of it an expert's rows as one stream; panels are as wide as
     the kernel likes them (``down.h``) and, if they can be, as many as all threads have equal shares of. On another
     device, or where no width divides ``hidden_size``, it is :func:`empty_rows`.
     """
-    widths = [width for width in PANEL_WIDTHS if hidden_size % width == 0]
+    widths = [width for width in widths if hidden_size % width == 0]
     if torch.get_default_device().type != "cpu" or not widths:
         return empty_rows(num_rows, hidden_size)
     num_threads = torch.get_num_threads()
