@@ -55,6 +55,7 @@ class Engine:
             "max_num_seqs": 16,
             "num_gpu_blocks_override": 64,
             "disable_log_stats": True,
+            "use_tqdm_on_load": False,
             "enable_prefix_caching": False,  # cached prompts would have no logprobs
         }
         self.llm = LLM(str(folder), **(defaults | options))
