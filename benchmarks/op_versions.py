@@ -100,8 +100,8 @@ def main() -> None:
     for num_tokens in arguments.tokens:
         x = torch.randn(num_tokens, shape.hidden_size, generator=generator)
         draws = draw_experts(shape.num_experts, num_tokens, generator)
-        calls: dict[str, Call] = {"dense": lambda layer, x=x: layer.dense(x)}
-        calls |= {name: call_with(way, x, draws) for name, way in ({"fused": Layer.fused} | ops).items()}
+        ways = {"dense": Layer.dense, "fused": Layer.fused} | ops
+        calls: dict[str, Call] = {name: call_with(way, x, draws) for name, way in ways.items()}
         check(calls | {"masked": call_with(Layer.masked, x, draws)}, layers[0])
         samples = interleave(walk(calls, layers), rounds=rounds_of(shape, num_tokens), warm_up=2)
         row = {name: summary(values, 1e3) for name, values in samples.items()}

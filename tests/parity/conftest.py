@@ -98,7 +98,7 @@ class Engine:
 def keep_collections_short(patch: pytest.MonkeyPatch) -> None:
     """Let Python's collector pass over what is here already, mostly imported modules, while an engine lives.
 
-    vLLM collects nine times from an engine's start to its end, half a second each time over its own modules, and
+    vLLM collects nine times from an engine's start to its end, each time over all of its own modules, and
     ends with everything unfrozen. What the engine itself makes stays collectable throughout.
     """
     gc.collect()

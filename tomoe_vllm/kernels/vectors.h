@@ -24,11 +24,12 @@ constexpr int kWidth = TOMOE_LANES;
 // What was measured best on each: the sizes of tiles.
 #if TOMOE_LANES == 16
 // 32 registers: a tile of 24 sums leaves room for its operands.
-constexpr int kDotTokens = 4, kDotRows = 6, kLoneDotRows = 12, kLaneVecs = 4, kLaneRows = 6, kDownTokens = 6, kDownVecs = 4;
+constexpr int kDotTokens = 4, kDotRows = 6, kLoneDotRows = 12, kLaneVecs = 4, kDownVecs = 4;
 #else
 // 16 registers under AVX2: a tile of 12 sums leaves room for its operands.
-constexpr int kDotTokens = 3, kDotRows = 4, kLoneDotRows = 8, kLaneVecs = 2, kLaneRows = 6, kDownTokens = 6, kDownVecs = 2;
+constexpr int kDotTokens = 3, kDotRows = 4, kLoneDotRows = 8, kLaneVecs = 2, kDownVecs = 2;
 #endif
+constexpr int kLaneRows = 6, kDownTokens = 6;
 
 #ifdef __AVX512F__
 using Vec = __m512;
