@@ -35,7 +35,7 @@ def empty_panels(num_rows: int, hidden_size: int, widths: Sequence[int] = PANEL_
 
     A thread takes a panel of columns at a time, and reads of it an expert's rows as one stream; panels are as wide as
     the kernel likes them (``down.h``) and, if they can be, as many as all threads have equal shares of. On another
-    device, or where no width divides ``hidden_size``, it is :func:`empty_rows`.
+    device, or where none of ``widths`` (best first) divides ``hidden_size``, it is :func:`empty_rows`.
     """
     widths = [width for width in widths if hidden_size % width == 0]
     if torch.get_default_device().type != "cpu" or not widths:
