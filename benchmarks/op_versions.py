@@ -29,7 +29,8 @@ from tomoe_vllm.kernels.expert_mlp.rows import PANEL_WIDTHS, empty_panels, empty
 
 ROOT = Path(__file__).resolve().parent.parent
 KERNELS = "tomoe_vllm/kernels"
-OP = "expert_mlp"
+OP, PREPARED = "expert_mlp", "prepared_expert_mlp"
+OPS = OP, "prepare_experts", PREPARED
 
 
 def sources_of(version: str, folder: Path) -> None:
@@ -46,25 +47,35 @@ def sources_of(version: str, folder: Path) -> None:
 
 
 def build(version: str, name: str, folder: Path) -> Callable[[Layer, Tensor, Tensor], Tensor]:
-    """The op of ``version``, registered as ``name::expert_mlp`` with the schema of today's."""
+    """The op of ``version``, registered under ``name`` with the schemas of today's ops."""
     sources_of(version, folder / name)
     sources = [folder / name / OP / "cpu.cpp"]
     for file in [*(folder / name).rglob("*.h"), *sources]:
         file.write_text(re.sub(r"\btomoe\b", name, file.read_text()))
     cxx = native.compiler() or sys.exit("no C++ compiler was found")
     native.compile_library(cxx, native.flags_of(), sources, folder / f"{name}.so")
-    schema = str(torch.ops.tomoe.expert_mlp.default._schema).removeprefix("tomoe::")
     LIBRARIES.append(torch.library.Library(name, "FRAGMENT"))
-    LIBRARIES[-1].define(schema)
+    for op in OPS:
+        LIBRARIES[-1].define(str(getattr(torch.ops.tomoe, op).default._schema).removeprefix("tomoe::"))
     torch.ops.load_library(folder / f"{name}.so")
-    op = getattr(torch.ops, name).expert_mlp
+    ops = getattr(torch.ops, name)
     takes_panels = "panel" in (folder / name / OP / "problem.h").read_text()
     widest = re.search(r"kPanelColumns = (\d+)", (folder / name / OP / "down.h").read_text())
     widths = tuple(width for width in PANEL_WIDTHS if takes_panels and widest and width <= int(widest[1]))
+    if PREPARED in sources[0].read_text():
+
+        @cache
+        def prepared(layer: Layer) -> Tensor:
+            down = down_of(layer, widths)
+            return ops.prepare_experts(layer.up, None, down, layer.neuron_ids, layer.widths, "silu")
+
+        return lambda layer, x, ids: ops.prepared_expert_mlp.default(x, ids, prepared(layer))
 
     def call(layer: Layer, x: Tensor, ids: Tensor) -> Tensor:
         down = down_of(layer, widths)
-        return op(x, ids, layer.up, None, down, layer.masks, layer.neuron_ids, layer.widths, "silu", 0, 1)
+        return ops.expert_mlp.default(
+            x, ids, layer.up, None, down, layer.masks, layer.neuron_ids, layer.widths, "silu", 0, 1
+        )
 
     return call
 

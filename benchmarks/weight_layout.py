@@ -14,7 +14,6 @@ Milliseconds a layer, medians, and the runs that an expert's rows lie in; the la
 import argparse
 import json
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -26,32 +25,15 @@ from tomoe_vllm.bench.op import WALKED_BYTES, call_with, draw_experts, rounds_of
 from tomoe_vllm.bench.shapes import SHAPES, Shape
 from tomoe_vllm.hf.tomoe_math import unpack_signature
 from tomoe_vllm.kernels import native
+from tomoe_vllm.kernels.expert_mlp import ExpertWeights, expert_mlp
 from tomoe_vllm.kernels.expert_mlp.rows import empty_panels, empty_rows, neuron_lists, neuron_order
+from tomoe_vllm.kernels.expert_mlp.thresholds import load_thresholds
 
 CHANGES = {"served": "", "unordered": "order", "rows": "panels", "small pages": "huge pages"}
 """What each way goes without."""
 
 
-@dataclass(frozen=True, eq=False)
-class Weights:
-    """Random weights in one layout, and one layer's experts on them."""
-
-    up: Tensor
-    down: Tensor
-    masks: Tensor
-    neuron_ids: Tensor
-    widths: Tensor
-
-    def __call__(self, x: Tensor, ids: Tensor) -> Tensor:
-        op = torch.ops.tomoe.expert_mlp
-        return op(x, ids, self.up, None, self.down, self.masks, self.neuron_ids, self.widths, "silu", 0, 1)
-
-    def runs(self) -> float:
-        """Runs that an expert's rows lie in, on average."""
-        return (self.masks.diff(dim=1, prepend=torch.zeros(len(self.masks), 1)) == 1).sum(dim=1).float().mean().item()
-
-
-def lay_out(masks: Tensor, hidden_size: int, without: str) -> Weights:
+def lay_out(masks: Tensor, hidden_size: int, without: str) -> ExpertWeights:
     if without != "order":
         masks = masks[:, neuron_order(masks)]
     neurons = masks.shape[1]
@@ -59,12 +41,20 @@ def lay_out(masks: Tensor, hidden_size: int, without: str) -> Weights:
     down = (empty_rows if without == "panels" else empty_panels)(neurons, hidden_size)
     if without == "huge pages":
         up, down = (like(weights) for weights in (up, down))
-    return Weights(up.normal_(0, hidden_size**-0.5), down.normal_(0, neurons**-0.5), masks, *neuron_lists(masks))
+    up.normal_(0, hidden_size**-0.5)
+    down.normal_(0, neurons**-0.5)
+    return ExpertWeights(up, None, down, masks, *neuron_lists(masks), "silu", load_thresholds())
 
 
 def like(weights: Tensor) -> Tensor:
     """Uninitialized, with the strides of ``weights``, in memory from malloc."""
     return torch.empty(weights.untyped_storage().nbytes() // 4).as_strided(weights.shape, weights.stride())
+
+
+def runs_of(weights: ExpertWeights) -> float:
+    """Runs that an expert's rows lie in, on average."""
+    before = torch.zeros(len(weights.masks), 1)
+    return (weights.masks.diff(dim=1, prepend=before) == 1).sum(dim=1).float().mean().item()
 
 
 def random_experts(shape: Shape, count: int) -> list[Tensor]:
@@ -99,14 +89,16 @@ def main() -> None:
     if arguments.checkpoint:
         hidden_size, experts = experts_of(arguments.checkpoint)
     layers = [{name: lay_out(masks, hidden_size, without) for name, without in CHANGES.items()} for masks in experts]
-    runs = {name: sum(layer[name].runs() for layer in layers) / len(layers) for name in CHANGES}
+    runs = {name: sum(runs_of(layer[name]) for layer in layers) / len(layers) for name in CHANGES}
     print(", ".join(f"{name} {value:.0f}" for name, value in runs.items()), "runs an expert", file=sys.stderr)
     generator = torch.Generator().manual_seed(1)
     rows = []
     for num_tokens in arguments.tokens:
         x = torch.randn(num_tokens, hidden_size, generator=generator)
         draws = draw_experts(len(experts[0]), num_tokens, generator)
-        calls = {name: call_with(lambda layer, *step, n=name: layer[n](*step), x, draws) for name in CHANGES}
+        calls = {
+            name: call_with(lambda layer, *step, n=name: expert_mlp(*step, layer[n]), x, draws) for name in CHANGES
+        }
         samples = interleave(walk(calls, layers), rounds=2 * rounds_of(shape, num_tokens), warm_up=2)
         row = {name: summary(values, 1e3) for name, values in samples.items()}
         rows.append({"num_tokens": num_tokens, "ms": row})

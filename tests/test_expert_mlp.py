@@ -9,7 +9,7 @@ import torch
 
 from tests.helpers.compare import assert_close, relative_rms
 from tomoe_vllm.kernels import native
-from tomoe_vllm.kernels.expert_mlp import expert_mlp, require_weights
+from tomoe_vllm.kernels.expert_mlp import ExpertWeights, expert_mlp
 from tomoe_vllm.kernels.expert_mlp.reference import expert_mlp_reference
 from tomoe_vllm.kernels.expert_mlp.rows import HUGE_PAGE, empty_panels, empty_rows, neuron_lists, neuron_order
 from tomoe_vllm.kernels.expert_mlp.thresholds import Thresholds, load_thresholds
@@ -35,7 +35,7 @@ def threads(request):
 def make_case(
     tokens, hidden, neurons, experts, *, is_gated=True, has_bias=False, expert=None, keep=0.5, seed=0, is_ordered=False
 ):
-    """Arguments of expert_mlp, without the activation. Experts keep different numbers of neurons."""
+    """Arguments of tomoe::expert_mlp up to the activation. Experts keep different numbers of neurons."""
     generator = torch.Generator().manual_seed(seed)
     rows = neurons * (1 + is_gated)
     masks = (torch.rand(experts, neurons, generator=generator) < keep).float()
@@ -57,6 +57,10 @@ def make_case(
 
 def run(case, activation="silu"):
     return torch.ops.tomoe.expert_mlp(*case, activation, 0, 1)
+
+
+def run_prepared(case, activation="silu"):
+    return expert_mlp(*case[:2], ExpertWeights(*case[2:], activation, THRESHOLDS))
 
 
 def expected_output(case, activation="silu"):
@@ -100,6 +104,7 @@ def test_equals_the_reference(shape, threads):
     assert actual.is_contiguous()
     assert actual.dtype == torch.float32
     assert_close(actual, expected_output(case), 1e-5)
+    assert torch.equal(run_prepared(case), actual)
     assert all(a is b or torch.equal(a, b) for a, b in zip(before, case, strict=True)), "inputs belong to the caller"
 
 
@@ -110,6 +115,7 @@ def test_activations_gates_and_biases(tokens, activation, is_gated, has_bias):
     case = make_case(tokens, 48, 70, 2, is_gated=is_gated, has_bias=has_bias)
     case[0] *= 3
     assert_close(run(case, activation), expected_output(case, activation), 1e-5)
+    assert torch.equal(run_prepared(case, activation), run(case, activation))
 
 
 @pytest.mark.parametrize("is_ordered", [False, True])
@@ -131,7 +137,9 @@ def test_experts_without_neurons_give_zero():
 def test_rows_may_lie_apart(hidden):
     case = make_case(6, hidden, 96, 8)
     up, down = (torch.full((len(rows), hidden + 16), torch.nan)[:, :hidden].copy_(rows) for rows in (case[2], case[4]))
-    assert torch.equal(run([*case[:2], up, case[3], down, *case[5:]]), run(case))
+    apart = [*case[:2], up, case[3], down, *case[5:]]
+    assert torch.equal(run(apart), run(case))
+    assert torch.equal(run_prepared(apart), run(case))
 
 
 @pytest.mark.parametrize("tokens", [1, 3, 40, 150, 400])
@@ -142,7 +150,7 @@ def test_w_down_may_come_in_panels(tokens, hidden, width, threads):
     in_panels = [*case[:4], panels, *case[5:]]
     assert torch.equal(run(in_panels), run(case))
     assert_close(run(in_panels), expected_output(case), 1e-5)
-    require_weights(*in_panels[2:], "silu")
+    assert torch.equal(run_prepared(in_panels), run(case))
 
 
 @pytest.mark.parametrize(
@@ -202,6 +210,7 @@ import torch
 import tests.test_expert_mlp as t
 import tomoe_vllm.kernels.route
 torch.ops.load_library({str(native.build("another"))!r})
+t.native.load = lambda: True
 for threads in (1, 2):
     torch.set_num_threads(threads)
     for case in t.CASES:
@@ -221,11 +230,16 @@ def test_operator_registration_is_sound():
     case = make_case(5, 64, 96, 8)
     torch.library.opcheck(torch.ops.tomoe.expert_mlp.default, (*case, "silu", 4, 8))
     torch.library.opcheck(torch.ops.tomoe.route.default, (case[0], torch.randn(8, 64)))
+    prepared = ExpertWeights(*case[2:], "silu", THRESHOLDS).prepared
+    torch.library.opcheck(torch.ops.tomoe.prepared_expert_mlp.default, (*case[:2], prepared))
     record = torch.zeros(9, dtype=torch.uint8)
     torch.library.opcheck(torch.ops.tomoe.route_recorded.default, (case[0], torch.randn(8, 64), record))
 
 
-def test_traces_once_for_every_number_of_tokens():
+@pytest.mark.parametrize("is_prepared", [True, False])
+def test_traces_once_for_every_number_of_tokens(monkeypatch, is_prepared):
+    if not is_prepared:
+        monkeypatch.setattr(native, "load", lambda: False)
     graphs = []
 
     def backend(graph, inputs):
@@ -235,8 +249,39 @@ def test_traces_once_for_every_number_of_tokens():
     compiled = torch.compile(expert_mlp, backend=backend, fullgraph=True, dynamic=True)
     for tokens in (2, 5, 16):
         case = make_case(tokens, 48, 64, 8)
-        assert torch.equal(compiled(*case, "silu", THRESHOLDS), expert_mlp(*case, "silu", THRESHOLDS))
+        weights = ExpertWeights(*case[2:], "silu", THRESHOLDS)
+        assert (weights.prepared is not None) == is_prepared
+        assert torch.equal(compiled(*case[:2], weights), expert_mlp(*case[:2], weights))
     assert len(graphs) == 1
+
+
+def test_weights_may_change_in_place_once_they_are_prepared():
+    case, other = make_case(6, 64, 96, 8), make_case(6, 64, 96, 8, seed=1)
+    weights = ExpertWeights(*case[2:], "silu", THRESHOLDS)
+    expert_mlp(*case[:2], weights)
+    for index in (2, 4):
+        case[index].copy_(other[index])
+    assert_close(expert_mlp(*case[:2], weights), expected_output(case), 1e-5)
+
+
+def test_weights_live_as_long_as_what_was_prepared_of_them():
+    case = make_case(6, 576, 4096, 8)
+    expected = expected_output(case)
+    weights = ExpertWeights(*(t.clone() if t is not None else None for t in case[2:]), "silu", THRESHOLDS)
+    torch.full((2 * 4096, 576), torch.nan)  # would take memory that is free
+    assert_close(expert_mlp(*case[:2], weights), expected, 1e-5)
+
+
+@pytest.mark.parametrize(
+    "change", [pytest.param(lambda t: t.bfloat16(), id="bfloat16"), pytest.param(lambda t: t.to("meta"), id="meta")]
+)
+def test_weights_that_the_kernel_does_not_take_are_not_prepared(change):
+    case = [change(t) if t is not None and t.is_floating_point() else t for t in make_case(6, 64, 96, 8)]
+    weights = ExpertWeights(*case[2:], "silu", THRESHOLDS)
+    assert weights.prepared is None
+    if not case[0].is_meta:
+        with pytest.raises(RuntimeError, match="takes float32"):
+            expert_mlp(*case[:2], weights)
 
 
 @pytest.mark.parametrize("experts", [1, 5, 8, 16])
@@ -278,21 +323,25 @@ def test_order_of_neurons_gives_experts_few_runs():
 @pytest.mark.parametrize(
     ("index", "change", "message"),
     [
-        (2, lambda t: t[:100], r"up_weight is \[100, 64\]; .* \[192, 64\] \(gate and up\) or \[96, 64\]"),
-        (5, lambda t: t[:, :90], r"expert_masks is \[8, 90\]"),
+        (2, lambda t: t[:100], r"up is \[100, 64\]; .* \[192, 64\] \(gate and up\) or \[96, 64\]"),
+        (5, lambda t: t[:, :90], r"masks is \[8, 90\]"),
     ],
 )
 def test_shapes_that_do_not_belong_together_are_refused(index, change, message):
     case = make_case(5, 64, 96, 8)
     case[index] = change(case[index])
     with pytest.raises(ValueError, match=message):
-        require_weights(*case[2:], "silu")
+        ExpertWeights(*case[2:], "silu", THRESHOLDS)
 
 
-def test_tokens_of_another_width_are_refused():
+def test_tokens_of_another_width_are_refused(monkeypatch):
     case = make_case(5, 64, 96, 8)
+    narrow = [case[0][:, :60], *case[1:]]
+    with pytest.raises(RuntimeError, match=r"hidden_states has 60 columns; the weights have 64"):
+        run_prepared(narrow)
+    monkeypatch.setattr(native, "load", lambda: False)
     with pytest.raises(ValueError, match=r"hidden_states has 60 columns; the weights have 64"):
-        expert_mlp(case[0][:, :60], *case[1:], "silu", THRESHOLDS)
+        run_prepared(narrow)
 
 
 def test_what_the_kernel_cannot_read_is_refused():
@@ -301,8 +350,12 @@ def test_what_the_kernel_cannot_read_is_refused():
         run([case[0], torch.tensor([0, 1, 8, 0, 0]), *case[2:]])
     with pytest.raises(RuntimeError, match="takes float32"):
         run([case[0].bfloat16(), *case[1:]])
-    with pytest.raises(RuntimeError, match="must have the 64 columns of hidden_states"):
+    with pytest.raises(RuntimeError, match="must have the 64 columns of up_weight"):
         run([*case[:4], case[4][:, :60], *case[5:]])
+    with pytest.raises(RuntimeError, match=r"there are 4 expert_ids for 5 tokens"):
+        run([case[0], case[1][:4], *case[2:]])
+    with pytest.raises(RuntimeError, match=r"takes what tomoe::prepare_experts has made"):
+        torch.ops.tomoe.prepared_expert_mlp(case[0], case[1], torch.zeros(3, dtype=torch.uint8))
 
 
 def test_without_a_compiler_it_says_so_and_stays_in_torch(monkeypatch, caplog):

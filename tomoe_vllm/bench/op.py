@@ -26,7 +26,7 @@ from tomoe_vllm.bench.measure import gemm_rate, interleave, read_bandwidth, summ
 from tomoe_vllm.bench.shapes import Shape
 from tomoe_vllm.kernels import native
 from tomoe_vllm.kernels.expert_activation import expert_activation
-from tomoe_vllm.kernels.expert_mlp import expert_mlp
+from tomoe_vllm.kernels.expert_mlp import ExpertWeights, expert_mlp
 from tomoe_vllm.kernels.expert_mlp.rows import empty_panels, empty_rows, neuron_lists, neuron_order
 from tomoe_vllm.kernels.expert_mlp.thresholds import load_thresholds
 
@@ -50,7 +50,8 @@ class Layer:
         masks = torch.zeros(shape.num_experts, neurons).scatter_(1, order[:, :width], 1.0)
         self.masks = masks[:, neuron_order(masks)]  # the layer orders weights too; these are random anyway
         self.neuron_ids, self.widths = neuron_lists(self.masks)
-        self.thresholds = load_thresholds()
+        lists = self.masks, self.neuron_ids, self.widths
+        self.weights = ExpertWeights(self.up, None, self.down, *lists, "silu", load_thresholds())
         down = self.down.flatten(1)
         self.packed_up = ops.create_onednn_mm(self.up.contiguous().t(), 32)
         self.packed_down = ops.create_onednn_mm(down, 32)
@@ -78,8 +79,7 @@ class Layer:
         return ops.onednn_mm(self.packed_down, expert_activation(projected, expert_ids, self.masks, "silu"), None)
 
     def shared(self, x: Tensor, expert_ids: Tensor) -> Tensor:
-        lists = self.neuron_ids, self.widths
-        return expert_mlp(x, expert_ids, self.up, None, self.down, self.masks, *lists, "silu", self.thresholds)
+        return expert_mlp(x, expert_ids, self.weights)
 
     def fused(self, x: Tensor, expert_ids: Tensor) -> Tensor:
         from vllm import _custom_ops as ops

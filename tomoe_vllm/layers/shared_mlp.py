@@ -10,7 +10,7 @@ from vllm.distributed import get_tensor_model_parallel_world_size, tensor_model_
 from vllm.platforms import current_platform
 
 from tomoe_vllm.hf.configuration_tomoe import block_shape
-from tomoe_vllm.kernels.expert_mlp import expert_mlp, path_of, require_weights
+from tomoe_vllm.kernels.expert_mlp import ExpertWeights, expert_mlp, path_of
 from tomoe_vllm.kernels.expert_mlp.rows import neuron_order
 from tomoe_vllm.kernels.expert_mlp.thresholds import load_thresholds
 from tomoe_vllm.layers.expert_gate import ToMoEExpertGate
@@ -26,55 +26,47 @@ class ToMoESharedMLP(nn.Module):
     def __init__(self, config: PreTrainedConfig, layer_idx: int, *, has_bias: bool, prefix: str) -> None:
         super().__init__()
         self.activation = config.hidden_act
+        self.has_bias = has_bias
         self.is_gated = block_shape(config).num_mlp_matrices == 3
         self.tp_size = get_tensor_model_parallel_world_size()
-        self.thresholds = load_thresholds()
         self.expert_gate = ToMoEExpertGate(config, layer_idx, f"{prefix}.expert_gate")
         sizes = config.hidden_size, config.intermediate_size
         first, second = ("gate_up_proj", "down_proj") if self.is_gated else ("fc1", "fc2")
         self.add_module(first, NeuronRows(*sizes, num_parts=1 + self.is_gated, has_bias=has_bias))
         self.add_module(second, NeuronRows(*sizes, has_bias=has_bias, is_transposed=True))
-        up, down = self.projections
-        gate = self.expert_gate
-        lists = gate.expert_masks, gate.neuron_ids, gate.widths
-        require_weights(up.weight, up.bias, down.weight, *lists, self.activation)
+        self.weights = self._weights()
 
     def step_path(self, num_tokens: int) -> str:
         """The way a step of ``num_tokens`` takes through the weights: ``shared_`` and the op's name for it."""
-        return f"shared_{path_of(num_tokens, self.thresholds, self.expert_gate.widths.device.type)}"
+        return f"shared_{path_of(num_tokens, self.weights.thresholds, self.expert_gate.widths.device.type)}"
 
     @property
     def projections(self) -> tuple[NeuronRows, NeuronRows]:
         """W_gate and W_up, and W_down."""
         return (self.gate_up_proj, self.down_proj) if self.is_gated else (self.fc1, self.fc2)
 
-    def order_neurons(self) -> None:
-        """Bring each expert's neurons together, which the CPU's kernels read faster; once the checkpoint is read.
+    def _weights(self) -> ExpertWeights:
+        """What the op takes; to be made again when a tensor of it is another one."""
+        (up, down), gate = self.projections, self.expert_gate
+        # The parameters' memory, not the parameters: it is not freed before what points into it.
+        up_bias = None if up.bias is None else up.bias.data
+        lists = gate.expert_masks, gate.neuron_ids, gate.widths
+        return ExpertWeights(up.weight.data, up_bias, down.weight.data, *lists, self.activation, load_thresholds())
+
+    def finish_loading(self) -> None:
+        """Once the checkpoint is read: bring each expert's neurons together, which the CPU's kernels read faster.
 
         Not on a GPU: there experts share tiles in L2 in any order, and nothing was measured.
         """
-        if not current_platform.is_cpu():
-            return
-        order = neuron_order(self.expert_gate.expert_masks)
-        for rows in (self.expert_gate, *self.projections):
-            rows.reorder(order)
+        if current_platform.is_cpu():
+            order = neuron_order(self.expert_gate.expert_masks)
+            for rows in (self.expert_gate, *self.projections):
+                rows.reorder(order)
+        self.weights = self._weights()
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """[T, D] -> [T, D]."""
-        up, down = self.projections
-        gate = self.expert_gate
-        output = expert_mlp(
-            hidden_states,
-            gate(hidden_states),
-            up.weight,
-            up.bias,
-            down.weight,
-            gate.expert_masks,
-            gate.neuron_ids,
-            gate.widths,
-            self.activation,
-            self.thresholds,
-        )
+        output = expert_mlp(hidden_states, self.expert_gate(hidden_states), self.weights)
         if self.tp_size > 1:
             output = tensor_model_parallel_all_reduce(output)
-        return output if down.bias is None else output + down.bias
+        return output + self.projections[1].bias if self.has_bias else output

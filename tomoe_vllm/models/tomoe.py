@@ -257,4 +257,4 @@ class ToMoEForCausalLM(nn.Module, SupportsLoRA, SupportsPP, SupportsQuant):
         """vLLM calls this when everything is loaded."""
         for module in self.modules():
             if isinstance(module, ToMoESharedMLP):
-                module.order_neurons()
+                module.finish_loading()

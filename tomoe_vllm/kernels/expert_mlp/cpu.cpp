@@ -113,57 +113,86 @@ Activation activation_of(const std::string& name) {
   return Activation::kGeluTanh;  // gelu_new and its aliases: Python has checked the name
 }
 
-Tensor expert_mlp(Tensor hidden_states, Tensor expert_ids, Tensor up_weight, std::optional<Tensor> up_bias,
-                  Tensor down_weight, Tensor expert_masks, Tensor neuron_ids, Tensor widths, std::string activation,
-                  int64_t gather_tokens, int64_t grouped_tokens) {
-  for (const Tensor& tensor : {hidden_states, up_weight, down_weight})
-    STD_TORCH_CHECK(tensor.scalar_type() == ScalarType::Float,
-                    "tomoe::expert_mlp on CPU takes float32; hidden_states, up_weight and down_weight must be such");
+Weights weights_of(const Tensor& up_weight, const std::optional<Tensor>& up_bias, const Tensor& down_weight,
+                   const Tensor& neuron_ids, const Tensor& widths, const std::string& activation) {
+  STD_TORCH_CHECK(up_weight.scalar_type() == ScalarType::Float && down_weight.scalar_type() == ScalarType::Float,
+                  "tomoe::expert_mlp on CPU takes float32; up_weight and down_weight must be such");
   const bool is_in_panels = down_weight.dim() == 3;
-  STD_TORCH_CHECK(hidden_states.dim() == 2 && up_weight.dim() == 2 && (is_in_panels || down_weight.dim() == 2),
-                  "tomoe::expert_mlp takes matrices, and down_weight as a matrix or in panels");
-  const int64_t depth = hidden_states.size(1), panel_columns = is_in_panels ? down_weight.size(2) : depth;
-  STD_TORCH_CHECK(up_weight.size(1) == depth && down_weight.size(1) * (is_in_panels ? panel_columns : 1) == depth,
-                  "up_weight and down_weight must have the ", depth, " columns of hidden_states");
+  STD_TORCH_CHECK(up_weight.dim() == 2 && (is_in_panels || down_weight.dim() == 2),
+                  "tomoe::expert_mlp takes up_weight as a matrix, and down_weight as a matrix or in panels");
+  const int64_t depth = up_weight.size(1), panel_columns = is_in_panels ? down_weight.size(2) : depth;
+  STD_TORCH_CHECK(down_weight.size(1) * (is_in_panels ? panel_columns : 1) == depth, "down_weight must have the ", depth,
+                  " columns of up_weight");
   STD_TORCH_CHECK(up_weight.stride(1) == 1 && down_weight.stride(down_weight.dim() - 1) == 1,
                   "tomoe::expert_mlp takes rows of up_weight and down_weight that are contiguous");
-  for (const Tensor& tensor : {neuron_ids, widths, expert_ids})
-    STD_TORCH_CHECK(tensor.is_contiguous(), "tomoe::expert_mlp takes contiguous tables");
-  STD_TORCH_CHECK(expert_ids.scalar_type() == ScalarType::Long && neuron_ids.scalar_type() == ScalarType::Int &&
+  STD_TORCH_CHECK(neuron_ids.is_contiguous() && widths.is_contiguous() && neuron_ids.scalar_type() == ScalarType::Int &&
                       widths.scalar_type() == ScalarType::Int,
-                  "expert_ids must be int64, neuron_ids and widths int32");
+                  "neuron_ids and widths must be contiguous and int32");
   STD_TORCH_CHECK(depth <= kMaxSlice * kMaxSlices, "tomoe::expert_mlp on CPU takes up to ",
                   kMaxSlice * kMaxSlices, " columns");
-  // Not what need not be called: the stable ABI looks operators up by name each time, which one token notices.
-  const Tensor x = hidden_states.is_contiguous() ? hidden_states : torch::stable::contiguous(hidden_states);
-  const int64_t tokens = x.size(0);
-  const Tensor out = empty(tokens, depth);
-  Problem p;
-  p.x = static_cast<const float*>(x.data_ptr());
-  p.up = static_cast<const float*>(up_weight.data_ptr());
-  p.up_bias = up_bias.has_value() ? static_cast<const float*>(up_bias->data_ptr()) : nullptr;
-  p.down = static_cast<const float*>(down_weight.data_ptr());
-  p.ids = static_cast<const int32_t*>(neuron_ids.data_ptr());
-  p.widths = static_cast<const int32_t*>(widths.data_ptr());
-  p.out = static_cast<float*>(out.data_ptr());
-  p.depth = depth;
-  p.neurons = down_weight.size(0);
-  p.up_stride = up_weight.stride(0);
-  p.down_stride = down_weight.stride(0);
-  p.panel_columns = is_in_panels ? panel_columns : kPanelColumns;
-  p.panel_stride = is_in_panels ? down_weight.stride(1) : kPanelColumns;
-  p.experts = neuron_ids.size(0);
-  p.max_width = neuron_ids.size(1);
-  p.rows_per_neuron = static_cast<int>(up_weight.size(0) / p.neurons);
-  p.activation = activation_of(activation);
-  const int threads = static_cast<int>(torch::stable::get_num_threads());
+  Weights w;
+  w.up = static_cast<const float*>(up_weight.data_ptr());
+  w.up_bias = up_bias.has_value() ? static_cast<const float*>(up_bias->data_ptr()) : nullptr;
+  w.down = static_cast<const float*>(down_weight.data_ptr());
+  w.ids = static_cast<const int32_t*>(neuron_ids.data_ptr());
+  w.widths = static_cast<const int32_t*>(widths.data_ptr());
+  w.depth = depth;
+  w.neurons = down_weight.size(0);
+  w.experts = neuron_ids.size(0);
+  w.max_width = neuron_ids.size(1);
+  w.up_stride = up_weight.stride(0);
+  w.down_stride = down_weight.stride(0);
+  w.panel_columns = is_in_panels ? panel_columns : kPanelColumns;
+  w.panel_stride = is_in_panels ? down_weight.stride(1) : kPanelColumns;
+  w.rows_per_neuron = static_cast<int>(up_weight.size(0) / w.neurons);
+  w.activation = activation_of(activation);
+  return w;
+}
+
+Tensor run(const Tensor& hidden_states, const Tensor& expert_ids, const Weights& weights) {
+  STD_TORCH_CHECK(hidden_states.scalar_type() == ScalarType::Float,
+                  "tomoe::expert_mlp on CPU takes float32; hidden_states must be such");
+  STD_TORCH_CHECK(hidden_states.dim() == 2, "tomoe::expert_mlp takes hidden_states as a matrix");
+  STD_TORCH_CHECK(hidden_states.size(1) == weights.depth, "hidden_states has ", hidden_states.size(1),
+                  " columns; the weights have ", weights.depth);
+  STD_TORCH_CHECK(expert_ids.scalar_type() == ScalarType::Long && expert_ids.is_contiguous(),
+                  "expert_ids must be contiguous and int64");
+  const int64_t tokens = hidden_states.size(0);
+  STD_TORCH_CHECK(expert_ids.numel() == tokens, "there are ", expert_ids.numel(), " expert_ids for ", tokens, " tokens");
   const auto* ids = static_cast<const int64_t*>(expert_ids.data_ptr());
   for (int64_t t = 0; t < tokens; ++t)
-    STD_TORCH_CHECK(ids[t] >= 0 && ids[t] < p.experts, "expert_ids[", t, "] is ", ids[t], "; there are ", p.experts,
-                    " experts");
+    STD_TORCH_CHECK(ids[t] >= 0 && ids[t] < weights.experts, "expert_ids[", t, "] is ", ids[t], "; there are ",
+                    weights.experts, " experts");
+  // Not what need not be called: the stable ABI looks operators up by name each time, which one token notices.
+  const Tensor x = hidden_states.is_contiguous() ? hidden_states : torch::stable::contiguous(hidden_states);
+  const Tensor out = empty(tokens, weights.depth);
+  const Problem p{weights, static_cast<const float*>(x.data_ptr()), static_cast<float*>(out.data_ptr())};
+  const int threads = static_cast<int>(torch::stable::get_num_threads());
   for (int64_t first = 0; first < tokens; first += kPassTokens)
     run_pass(p, ids, first, std::min(kPassTokens, tokens - first), threads);
   return out;
+}
+
+Tensor expert_mlp(Tensor hidden_states, Tensor expert_ids, Tensor up_weight, std::optional<Tensor> up_bias,
+                  Tensor down_weight, Tensor expert_masks, Tensor neuron_ids, Tensor widths, std::string activation,
+                  int64_t gather_tokens, int64_t grouped_tokens) {
+  return run(hidden_states, expert_ids, weights_of(up_weight, up_bias, down_weight, neuron_ids, widths, activation));
+}
+
+// What expert_mlp makes of its weights in each call, as bytes: one token notices the checks, and memory that eight
+// tensors touch. They point into the tensors, which must outlive them.
+Tensor prepare_experts(Tensor up_weight, std::optional<Tensor> up_bias, Tensor down_weight, Tensor neuron_ids,
+                       Tensor widths, std::string activation) {
+  const Weights weights = weights_of(up_weight, up_bias, down_weight, neuron_ids, widths, activation);
+  const Tensor prepared = torch::stable::new_empty(widths, {static_cast<int64_t>(sizeof weights)}, ScalarType::Byte);
+  std::memcpy(prepared.data_ptr(), &weights, sizeof weights);
+  return prepared;
+}
+
+Tensor prepared_expert_mlp(Tensor hidden_states, Tensor expert_ids, Tensor prepared) {
+  STD_TORCH_CHECK(prepared.scalar_type() == ScalarType::Byte && prepared.numel() == sizeof(Weights),
+                  "tomoe::prepared_expert_mlp takes what tomoe::prepare_experts has made");
+  return run(hidden_states, expert_ids, *static_cast<const Weights*>(prepared.data_ptr()));
 }
 
 }  // namespace
@@ -171,4 +200,6 @@ Tensor expert_mlp(Tensor hidden_states, Tensor expert_ids, Tensor up_weight, std
 
 STABLE_TORCH_LIBRARY_IMPL(tomoe, CPU, m) {
   m.impl("expert_mlp", TORCH_BOX(&tomoe::expert_mlp));
+  m.impl("prepare_experts", TORCH_BOX(&tomoe::prepare_experts));
+  m.impl("prepared_expert_mlp", TORCH_BOX(&tomoe::prepared_expert_mlp));
 }

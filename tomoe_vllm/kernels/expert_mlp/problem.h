@@ -17,20 +17,23 @@ constexpr int64_t kLaneTokens = 64;  // from which they lie in lanes (up_in_lane
 constexpr int64_t kLaneMultiple = 16;
 constexpr int64_t kLaneChunk = kLaneVecs * kWidth;  // tokens in lanes at a time
 
-struct Problem {
-  const float* x;         // [T, D]
+struct Weights {
   const float* up;        // [2F, D], gate first, or [F, D], rows up_stride apart
   const float* up_bias;   // [2F] or [F], or null
   const float* down;      // [D / panel_columns, F, panel_columns]: panels panel_stride, rows down_stride apart
   const int32_t* ids;     // [N, max_width], sorted
   const int32_t* widths;  // [N]
-  float* out;             // [T, D]
   int64_t depth, neurons, experts, max_width, up_stride, down_stride, panel_columns, panel_stride;
-  int rows_per_neuron;    // 2 with a gate
+  int rows_per_neuron;  // 2 with a gate
   Activation activation;
 
   // Row of W_up for a neuron: half 0 is the gate's where there is one.
   const float* up_row(int64_t half, int64_t neuron) const { return up + (half * neurons + neuron) * up_stride; }
+};
+
+struct Problem : Weights {
+  const float* x;  // [T, D]
+  float* out;      // [T, D]
 };
 
 struct List {  // of neurons, sorted
