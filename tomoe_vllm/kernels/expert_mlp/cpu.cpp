@@ -7,11 +7,6 @@
 //
 // A token's output does not depend, not even in its last bit, on what else is in the batch, as long as its expert has
 // fewer than kLaneTokens tokens there: in lanes, sums over the columns have another order.
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-
 #include <cstdlib>
 #include <memory>
 #include <optional>
@@ -19,15 +14,13 @@
 
 #include <omp.h>
 
+#include "../tensors.h"
 #include "down.h"
 #include "up.h"
 #include "up_in_lanes.h"
 
 namespace tomoe {
 namespace {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 
 constexpr int64_t kPassTokens = 1024;     // tokens per pass over the weights: bounds the scratch memory
 constexpr int64_t kBlockBytes = 1 << 18;  // weights of a block of phase 1: it and the next are half of a 1 MB L2
@@ -98,14 +91,6 @@ void run_pass(const Problem& p, const int64_t* expert_ids, int64_t first, int64_
   }
 }
 
-Tensor empty(int64_t rows, int64_t columns) {
-  const int64_t sizes[] = {rows, columns}, strides[] = {columns, 1};
-  AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(2, sizes, strides, aoti_torch_dtype_float32(),
-                                                         aoti_torch_device_type_cpu(), 0, &handle));
-  return Tensor(handle);
-}
-
 Activation activation_of(const std::string& name) {
   if (name == "silu") return Activation::kSilu;
   if (name == "relu") return Activation::kRelu;
@@ -131,11 +116,11 @@ Weights weights_of(const Tensor& up_weight, const std::optional<Tensor>& up_bias
   STD_TORCH_CHECK(depth <= kMaxSlice * kMaxSlices, "tomoe::expert_mlp on CPU takes up to ",
                   kMaxSlice * kMaxSlices, " columns");
   Weights w;
-  w.up = static_cast<const float*>(up_weight.data_ptr());
-  w.up_bias = up_bias.has_value() ? static_cast<const float*>(up_bias->data_ptr()) : nullptr;
-  w.down = static_cast<const float*>(down_weight.data_ptr());
-  w.ids = static_cast<const int32_t*>(neuron_ids.data_ptr());
-  w.widths = static_cast<const int32_t*>(widths.data_ptr());
+  w.up = data_of<const float>(up_weight);
+  w.up_bias = up_bias.has_value() ? data_of<const float>(*up_bias) : nullptr;
+  w.down = data_of<const float>(down_weight);
+  w.ids = data_of<const int32_t>(neuron_ids);
+  w.widths = data_of<const int32_t>(widths);
   w.depth = depth;
   w.neurons = down_weight.size(0);
   w.experts = neuron_ids.size(0);
@@ -159,14 +144,12 @@ Tensor run(const Tensor& hidden_states, const Tensor& expert_ids, const Weights&
                   "expert_ids must be contiguous and int64");
   const int64_t tokens = hidden_states.size(0);
   STD_TORCH_CHECK(expert_ids.numel() == tokens, "there are ", expert_ids.numel(), " expert_ids for ", tokens, " tokens");
-  const auto* ids = static_cast<const int64_t*>(expert_ids.data_ptr());
+  const auto* ids = data_of<const int64_t>(expert_ids);
   for (int64_t t = 0; t < tokens; ++t)
     STD_TORCH_CHECK(ids[t] >= 0 && ids[t] < weights.experts, "expert_ids[", t, "] is ", ids[t], "; there are ",
                     weights.experts, " experts");
-  // Not what need not be called: the stable ABI looks operators up by name each time, which one token notices.
-  const Tensor x = hidden_states.is_contiguous() ? hidden_states : torch::stable::contiguous(hidden_states);
-  const Tensor out = empty(tokens, weights.depth);
-  const Problem p{weights, static_cast<const float*>(x.data_ptr()), static_cast<float*>(out.data_ptr())};
+  const Tensor x = as_contiguous(hidden_states), out = empty({tokens, weights.depth}, aoti_torch_dtype_float32());
+  const Problem p{weights, data_of<const float>(x), data_of<float>(out)};
   const int threads = static_cast<int>(torch::stable::get_num_threads());
   for (int64_t first = 0; first < tokens; first += kPassTokens)
     run_pass(p, ids, first, std::min(kPassTokens, tokens - first), threads);
@@ -184,7 +167,7 @@ Tensor expert_mlp(Tensor hidden_states, Tensor expert_ids, Tensor up_weight, std
 Tensor prepare_experts(Tensor up_weight, std::optional<Tensor> up_bias, Tensor down_weight, Tensor neuron_ids,
                        Tensor widths, std::string activation) {
   const Weights weights = weights_of(up_weight, up_bias, down_weight, neuron_ids, widths, activation);
-  const Tensor prepared = torch::stable::new_empty(widths, {static_cast<int64_t>(sizeof weights)}, ScalarType::Byte);
+  const Tensor prepared = empty({static_cast<int64_t>(sizeof weights)}, aoti_torch_dtype_uint8());
   std::memcpy(prepared.data_ptr(), &weights, sizeof weights);
   return prepared;
 }
@@ -192,7 +175,7 @@ Tensor prepare_experts(Tensor up_weight, std::optional<Tensor> up_bias, Tensor d
 Tensor prepared_expert_mlp(Tensor hidden_states, Tensor expert_ids, Tensor prepared) {
   STD_TORCH_CHECK(prepared.scalar_type() == ScalarType::Byte && prepared.numel() == sizeof(Weights),
                   "tomoe::prepared_expert_mlp takes what tomoe::prepare_experts has made");
-  return run(hidden_states, expert_ids, *static_cast<const Weights*>(prepared.data_ptr()));
+  return run(hidden_states, expert_ids, *data_of<const Weights>(prepared));
 }
 
 }  // namespace

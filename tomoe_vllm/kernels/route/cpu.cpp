@@ -1,28 +1,21 @@
 // tomoe::route and route_recorded for CPUs: the expert of each token, argmax of x W^T in float32, the first of equals.
 // One call instead of two; sums have one order for any number of tokens.
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-
 #include "../dot_tile.h"
+#include "../tensors.h"
 
 namespace tomoe {
 namespace {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 
 // The experts, and a copy of them as bytes where ``record`` is not null.
 Tensor route_tokens(const Tensor& hidden_states, const Tensor& router_weight, uint8_t* record) {
   STD_TORCH_CHECK(hidden_states.scalar_type() == ScalarType::Float && router_weight.scalar_type() == ScalarType::Float &&
                       router_weight.is_contiguous(),
                   "tomoe::route on CPU takes float32; hidden_states and a contiguous router_weight must be such");
-  const Tensor x = torch::stable::contiguous(hidden_states);
+  const Tensor x = as_contiguous(hidden_states);
   const int64_t tokens = x.size(0), depth = x.size(1), experts = router_weight.size(0);
-  Tensor ids = torch::stable::new_empty(x, {tokens}, ScalarType::Long);
-  auto* out = static_cast<int64_t*>(ids.data_ptr());
-  const auto* rows = static_cast<const float*>(x.data_ptr());
-  const auto* router = static_cast<const float*>(router_weight.data_ptr());
+  const Tensor ids = empty({tokens}, aoti_torch_dtype_int64());
+  auto* out = data_of<int64_t>(ids);
+  const auto *rows = data_of<const float>(x), *router = data_of<const float>(router_weight);
   const int threads = static_cast<int>(torch::stable::get_num_threads());
 #pragma omp parallel for num_threads(threads) if (tokens >= 64)
   for (int64_t t = 0; t < tokens; ++t) {
@@ -51,7 +44,7 @@ Tensor route_recorded(Tensor hidden_states, Tensor router_weight, Tensor record)
   STD_TORCH_CHECK(record.scalar_type() == ScalarType::Byte && record.is_contiguous() && record.dim() == 1 &&
                       record.size(0) >= hidden_states.size(0) && router_weight.size(0) <= 255,
                   "tomoe::route_recorded takes a record of bytes, one for each token at least, and up to 255 experts");
-  return route_tokens(hidden_states, router_weight, static_cast<uint8_t*>(record.data_ptr()));
+  return route_tokens(hidden_states, router_weight, data_of<uint8_t>(record));
 }
 
 }  // namespace

@@ -3,23 +3,16 @@
 //   logits = W_up GELU(LayerNorm(W_down x + b));  out = attention * (top-K of logits, the same for every head)
 //
 // One call instead of some ten. All sums have one order, whatever the number of tokens or threads.
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-
 #include <utility>
 #include <vector>
 
 #include "../dot_tile.h"
+#include "../tensors.h"
 
 namespace tomoe {
 namespace {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
 constexpr float kNormEps = 1e-5f;  // torch.nn.functional.layer_norm's
-inline const float* floats(const Tensor& tensor) { return static_cast<const float*>(tensor.data_ptr()); }
 
 // ``out[t * stride + r] = w[r] . x[t]`` for rows [begin, end) and up to kDotTokens tokens. The rows of the next tile
 // are fetched meanwhile.
@@ -71,16 +64,17 @@ void select(const float* logits, int64_t size, int64_t width, std::vector<std::p
 
 Tensor mask_values(Tensor attention, Tensor hidden_states, Tensor down_weight, Tensor down_bias, Tensor norm_weight,
                    Tensor norm_bias, Tensor up_weight, int64_t width) {
-  for (const Tensor& tensor : {attention, hidden_states, down_weight, down_bias, norm_weight, norm_bias, up_weight})
-    STD_TORCH_CHECK(tensor.scalar_type() == ScalarType::Float, "tomoe::mask_values on CPU takes float32");
-  for (const Tensor& tensor : {down_weight, up_weight})
-    STD_TORCH_CHECK(tensor.is_contiguous(), "tomoe::mask_values takes contiguous weights");
-  const Tensor x = torch::stable::contiguous(hidden_states), values = torch::stable::contiguous(attention);
-  Tensor out = torch::stable::empty_like(values);
+  for (const Tensor* tensor : {&attention, &hidden_states, &down_weight, &down_bias, &norm_weight, &norm_bias, &up_weight})
+    STD_TORCH_CHECK(tensor->scalar_type() == ScalarType::Float, "tomoe::mask_values on CPU takes float32");
+  STD_TORCH_CHECK(down_weight.is_contiguous() && up_weight.is_contiguous(),
+                  "tomoe::mask_values takes contiguous weights");
+  const Tensor x = as_contiguous(hidden_states), values = as_contiguous(attention);
+  const Tensor out = empty({values.size(0), values.size(1)}, aoti_torch_dtype_float32());
   const int64_t tokens = x.size(0), depth = x.size(1), rank = down_weight.size(0), head = up_weight.size(0);
   const int64_t heads = values.size(1) / head;
+  const auto floats = [](const Tensor& tensor) { return data_of<const float>(tensor); };
   const float *x_rows = floats(x), *value_rows = floats(values);
-  auto* out_rows = static_cast<float*>(out.data_ptr());
+  auto* out_rows = data_of<float>(out);
   std::vector<float> embeddings(tokens * rank);
   const int threads = static_cast<int>(torch::stable::get_num_threads());
   const int64_t tiles = (tokens + kDotTokens - 1) / kDotTokens;
