@@ -92,6 +92,7 @@ CASES = [
         )
         for tokens in (1, 4, 17, 150, 400)
     ),
+    pytest.param({"tokens": 1, "hidden": 2100, "neurons": 40, "experts": 3}, id="one token, two slices of columns"),
     pytest.param({"tokens": 9, "hidden": 4100, "neurons": 30, "experts": 2}, id="three slices of columns"),
 ]
 
@@ -110,7 +111,7 @@ def test_equals_the_reference(shape, threads):
 
 @pytest.mark.parametrize(("is_gated", "has_bias"), [(True, True), (True, False), (False, True), (False, False)])
 @pytest.mark.parametrize("activation", ["silu", "relu", "gelu", "gelu_new"])
-@pytest.mark.parametrize("tokens", [21, 150], ids=["few tokens", "tokens in lanes"])
+@pytest.mark.parametrize("tokens", [1, 21, 150], ids=["one token", "few tokens", "tokens in lanes"])
 def test_activations_gates_and_biases(tokens, activation, is_gated, has_bias):
     case = make_case(tokens, 48, 70, 2, is_gated=is_gated, has_bias=has_bias)
     case[0] *= 3
@@ -122,7 +123,7 @@ def test_activations_gates_and_biases(tokens, activation, is_gated, has_bias):
 @pytest.mark.parametrize("experts", [8, 1], ids=["experts in turn", "one expert, many tokens"])
 def test_a_token_does_not_depend_on_its_batch_not_even_in_the_last_bit(experts, threads, is_ordered):
     """While its expert has fewer tokens than are laid out in lanes."""
-    case = make_case(50, 1100, 130, experts, is_ordered=is_ordered)
+    case = make_case(50, 2100, 130, experts, is_ordered=is_ordered)
     whole = run(case)
     for size in (1, 2, 5, 13, 50):
         parts = [run([case[0][t : t + size], case[1][t : t + size], *case[2:]]) for t in range(0, len(whole), size)]

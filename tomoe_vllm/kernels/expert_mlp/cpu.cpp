@@ -3,7 +3,8 @@
 // Tokens are sorted by expert (problem.h); an expert is a list of row numbers, and rows are read where they lie.
 // Phase 1 is h = act(gate) * up (up.h; up_in_lanes.h for experts with many tokens), phase 2 the sums of W_down's rows
 // (down.h). Where memory is the limit the experts take turns at blocks of neurons and each row is read once; where
-// arithmetic is, the tokens of one expert stay near while its rows pass by.
+// arithmetic is, the tokens of one expert stay near while its rows pass by. A token alone goes its own way through both
+// phases (one_token.h).
 //
 // A token's output does not depend, not even in its last bit, on what else is in the batch, as long as its expert has
 // fewer than kLaneTokens tokens there: in lanes, sums over the columns have another order.
@@ -15,8 +16,7 @@
 #include <omp.h>
 
 #include "../tensors.h"
-#include "down.h"
-#include "up.h"
+#include "one_token.h"
 #include "up_in_lanes.h"
 
 namespace tomoe {
@@ -45,6 +45,8 @@ float* scratch(int which, size_t count) {
   return memory[which].get();
 }
 
+int64_t block_of(int64_t rows) { return std::clamp(rows, kLeastRows, kMostRows); }
+
 // Many tokens: one expert after the other, a part of its rows at a time.
 void up_by_expert(const Problem& p, const Sorted& sorted, const float* columns, float* h, float* local, int64_t block,
                   std::atomic<int64_t>& claimed) {
@@ -56,10 +58,27 @@ void up_by_expert(const Problem& p, const Sorted& sorted, const float* columns, 
       if (group.is_in_lanes) up_in_lanes(p, group, rows, columns, h);
       else for (int64_t i = rows.begin; i < rows.end; i += block) {
         const Rows now{i, std::min(i + block, rows.end)}, later{now.end, std::min(now.end + block, rows.end)};
-        Ahead ahead(p, group.neurons, later, num_tiles(p, sorted, group, now.count()));
+        Ahead ahead(p, group.neurons, later, num_tiles(p, group, now.count()));
         up_chunks(p, sorted, group, now, h, local, ahead);
       }
     }
+}
+
+// A token alone through both phases.
+void run_token(const Problem& p, int64_t expert, int threads) {
+  const List neurons{p.ids + expert * p.max_width, p.widths[expert]};
+  const int64_t block = block_of(neurons.size / kLeastBlocks);
+  float* h = scratch(0, p.max_width);
+  std::atomic<int64_t> claimed{0}, claimed_panels{0};
+#pragma omp parallel num_threads(threads)
+  {
+    float* local = scratch(1, block * p.rows_per_neuron);
+    for (int64_t i = block * claimed++; i < neurons.size; i = block * claimed++)
+      up_of_token(p, neurons.ids + i, std::min(block, neurons.size - i), local, h + i);
+#pragma omp barrier
+    for (int64_t d = p.panel_columns * claimed_panels++; d < p.depth; d = p.panel_columns * claimed_panels++)
+      down_of_token(p, neurons, h, d, std::min(p.panel_columns, p.depth - d));
+  }
 }
 
 // Tokens [first, first + count) through both phases.
@@ -73,8 +92,7 @@ void run_pass(const Problem& p, const int64_t* expert_ids, int64_t first, int64_
   float* h = scratch(0, count * sorted.max_width);
   float* columns = has_lanes ? scratch(2, count * p.depth) : nullptr;
   const int64_t row_bytes = p.depth * p.rows_per_neuron * static_cast<int64_t>(sizeof(float));
-  const int64_t near = count == 1 ? kMostRows : kBlockBytes / row_bytes;  // a token alone comes back to no row
-  const int64_t block = std::clamp(std::min(near, sorted.touched.size / kLeastBlocks), kLeastRows, kMostRows);
+  const int64_t block = block_of(std::min(kBlockBytes / row_bytes, sorted.touched.size / kLeastBlocks));
   std::atomic<int64_t> claimed{0}, claimed_panels{0};
 #pragma omp parallel num_threads(threads)
   {
@@ -151,7 +169,8 @@ Tensor run(const Tensor& hidden_states, const Tensor& expert_ids, const Weights&
   const Tensor x = as_contiguous(hidden_states), out = empty({tokens, weights.depth}, aoti_torch_dtype_float32());
   const Problem p{weights, data_of<const float>(x), data_of<float>(out)};
   const int threads = static_cast<int>(torch::stable::get_num_threads());
-  for (int64_t first = 0; first < tokens; first += kPassTokens)
+  if (tokens == 1) run_token(p, ids[0], threads);
+  else for (int64_t first = 0; first < tokens; first += kPassTokens)
     run_pass(p, ids, first, std::min(kPassTokens, tokens - first), threads);
   return out;
 }

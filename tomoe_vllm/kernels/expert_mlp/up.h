@@ -13,8 +13,18 @@ constexpr int64_t kMaxSlice = 2048;       // columns of x and weights at a time 
 constexpr int kMaxSlices = 32;            // so D is at most 65,536
 constexpr int64_t kTokenChunk = 32;       // tokens of one expert at a time: 256 KB of x beside a block of weights
 constexpr int64_t kRowByRowTokens = 8;    // up to so many tokens of an expert whole rows are taken
-static_assert(kLoneDotRows >= kDotRows, "arrays of a tile's rows have room for either");
 constexpr int kMaxNext = 24;              // rows that a tile may fetch
+
+// The columns of a sum, in equal slices.
+struct Slices {
+  int64_t depth, count, size;
+
+  explicit Slices(int64_t columns)
+      : depth(columns), count(ceil_div(columns, kMaxSlice)), size(ceil_div(ceil_div(columns, count), 16) * 16) {}
+
+  int64_t begin(int64_t slice) const { return slice * size; }
+  int64_t end(int64_t slice) const { return std::min(begin(slice) + size, depth); }
+};
 
 // Activations of one token: ``projected`` is [rows_per_neuron, count].
 template <Activation A>
@@ -54,15 +64,9 @@ struct Ahead {
   }
 };
 
-// Neurons that a tile takes at most. A token alone waits for memory, which likes more rows at a time; beside others,
-// smaller tiles fetch at a more even pace.
-inline int64_t most_neurons(const Problem& p, const Sorted& sorted) {
-  return (sorted.order.size() == 1 ? kLoneDotRows : kDotRows) / p.rows_per_neuron;
-}
-
 // Tiles that a group needs for so many rows.
-inline int64_t num_tiles(const Problem& p, const Sorted& sorted, const Group& group, int64_t num_rows) {
-  return ceil_div(num_rows, most_neurons(p, sorted)) * ceil_div(group.count, kDotTokens);
+inline int64_t num_tiles(const Problem& p, const Group& group, int64_t num_rows) {
+  return ceil_div(num_rows, kDotRows / p.rows_per_neuron) * ceil_div(group.count, kDotTokens);
 }
 
 // h of ``count`` tokens of one expert, from sorted token ``first``, for some rows of its list.
@@ -70,17 +74,17 @@ inline void up_rows(const Problem& p, const Sorted& sorted, const Group& group, 
                     int64_t count, float* h, float* local, Ahead& ahead) {
   const int32_t* ids = group.neurons.ids;
   const int64_t width = rows.count(), token_stride = width * p.rows_per_neuron;
-  const int64_t num_slices = ceil_div(p.depth, kMaxSlice), slice_size = ceil_div(ceil_div(p.depth, num_slices), 16) * 16;
+  const Slices slices(p.depth);
   const float* x[kTokenChunk];
   for (int64_t t = 0; t < count; ++t) x[t] = p.x + sorted.order[first + t] * p.depth;
   // Tiles of about equal size: 5 tokens are 3 and 2, not 4 and 1.
   const int num_tiles = static_cast<int>(ceil_div(count, kDotTokens));
   const int large = static_cast<int>(ceil_div(count, num_tiles));
   const int num_large = static_cast<int>(count) - (large - 1) * num_tiles;
-  const int64_t row_tiles = ceil_div(width, most_neurons(p, sorted)), per_tile = ceil_div(width, row_tiles);
+  const int64_t row_tiles = ceil_div(width, kDotRows / p.rows_per_neuron), per_tile = ceil_div(width, row_tiles);
   const auto tiles = [&](int64_t i, int64_t slice) {
-    const float* w[kLoneDotRows];
-    float* out[kLoneDotRows];
+    const float* w[kDotRows];
+    float* out[kDotRows];
     const int neurons = static_cast<int>(std::min<int64_t>(per_tile, rows.end - i));
     const int num_rows = neurons * p.rows_per_neuron;
     for (int r = 0; r < num_rows; ++r) {
@@ -88,13 +92,13 @@ inline void up_rows(const Problem& p, const Sorted& sorted, const Group& group, 
       w[r] = p.up_row(half, ids[i + n]);
       out[r] = local + half * width + (i + n - rows.begin);
     }
-    const int64_t k = slice * slice_size, k_end = std::min(k + slice_size, p.depth);
     const float* const* tokens = x;
     for (int tile = 0; tile < num_tiles; ++tile) {
       const int num_tokens = tile < num_large ? large : large - 1;
       const float* next[kMaxNext];
       const int num_next = ahead.take(p, slice, next);
-      dot_tile_of(num_tokens, num_rows)(w, tokens, k, k_end, next, num_next, out, token_stride, slice == 0);
+      dot_tile_of(num_tokens, num_rows)(w, tokens, slices.begin(slice), slices.end(slice), next, num_next, out,
+                                        token_stride, slice == 0);
       tokens += num_tokens;
       for (int r = 0; r < num_rows; ++r) out[r] += num_tokens * token_stride;
     }
@@ -102,9 +106,9 @@ inline void up_rows(const Problem& p, const Sorted& sorted, const Group& group, 
   // Few tokens: row by row, as memory likes it. Many: a slice of all rows while the tokens' slice is near.
   if (count <= kRowByRowTokens) {
     for (int64_t i = rows.begin; i < rows.end; i += per_tile)
-      for (int64_t slice = 0; slice < num_slices; ++slice) tiles(i, slice);
+      for (int64_t slice = 0; slice < slices.count; ++slice) tiles(i, slice);
   } else {
-    for (int64_t slice = 0; slice < num_slices; ++slice)
+    for (int64_t slice = 0; slice < slices.count; ++slice)
       for (int64_t i = rows.begin; i < rows.end; i += per_tile) tiles(i, slice);
   }
   float* target = h + group.hidden + (first - group.first) * group.token_stride + rows.begin;
@@ -133,7 +137,7 @@ inline void up_in_turn(const Problem& p, const Sorted& sorted, float* h, float* 
     next = claimed++;
     int64_t tiles = 0;
     for (const Group& group : sorted.groups)
-      tiles += num_tiles(p, sorted, group, rows_between(sorted, group.neurons, b * block, (b + 1) * block).count());
+      tiles += num_tiles(p, group, rows_between(sorted, group.neurons, b * block, (b + 1) * block).count());
     const int64_t fetched = sorted.is_fetching() ? block : 0;
     Ahead ahead(p, sorted.touched, rows_between(sorted, sorted.touched, next * block, next * block + fetched), tiles);
     for (const Group& group : sorted.groups) {
