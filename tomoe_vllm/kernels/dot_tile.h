@@ -16,31 +16,34 @@ void dot_tile(const float* const* w, const float* const* x, int64_t begin, int64
   int64_t k = begin;
   for (; k + kWidth <= end; k += kWidth) {
     Vec tokens[T];
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int t = 0; t < T; ++t) tokens[t] = load(x[t] + k);
     if (k % 16 == 0)
       for (int n = 0; n < num_next; ++n) __builtin_prefetch(next[n] + k, 0, 2);
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
       const Vec row = load(w[r] + k);
-#pragma GCC unroll 8
+#pragma GCC unroll 16
       for (int t = 0; t < T; ++t) sums[r * T + t] = fma(row, tokens[t], sums[r * T + t]);
     }
   }
   if (const int64_t left = end - k; left > 0) {
     Vec tokens[T];
+#pragma GCC unroll 16
     for (int t = 0; t < T; ++t) tokens[t] = load_first(x[t] + k, left);
+#pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
       const Vec row = load_first(w[r] + k, left);
+#pragma GCC unroll 16
       for (int t = 0; t < T; ++t) sums[r * T + t] = fma(row, tokens[t], sums[r * T + t]);
     }
   }
   float values[(R * T + 3) / 4 * 4];
-#pragma GCC unroll 8
+#pragma GCC unroll 16
   for (int i = 0; i < R * T; i += 4) sum4(sums + i, values + i);
-#pragma GCC unroll 8
+#pragma GCC unroll 16
   for (int r = 0; r < R; ++r)
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int t = 0; t < T; ++t) {
       float& target = out[r][t * token_stride];
       target = is_first ? values[r * T + t] : target + values[r * T + t];
