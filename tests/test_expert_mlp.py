@@ -359,6 +359,24 @@ def test_what_the_kernel_cannot_read_is_refused():
         torch.ops.tomoe.prepared_expert_mlp(case[0], case[1], torch.zeros(3, dtype=torch.uint8))
 
 
+def test_lists_that_point_elsewhere_are_refused():
+    def change(index, place, value):
+        case = make_case(5, 64, 96, 8, has_bias=True)
+        case[index][place] = value
+        return case
+
+    for place, value in (((2, 0), 96), ((7, 3), -1)):
+        message = rf"neuron_ids\[{place[0]}, {place[1]}\] is {value}; there are 96 neurons"
+        with pytest.raises(RuntimeError, match=message):
+            run_prepared(change(6, place, value))
+    with pytest.raises(RuntimeError, match=r"widths\[1\] is 97; neuron_ids has \d+ columns"):
+        run_prepared(change(7, 1, 97))
+    case = make_case(5, 64, 96, 8, has_bias=True)
+    case[3] = case[3].double()
+    with pytest.raises(RuntimeError, match="up_bias must be contiguous and float32"):
+        run_prepared(case)
+
+
 def test_without_a_compiler_it_says_so_and_stays_in_torch(monkeypatch, caplog):
     monkeypatch.setenv("CXX", "no-such-compiler")
     monkeypatch.setattr(native.shutil, "which", lambda name: None)

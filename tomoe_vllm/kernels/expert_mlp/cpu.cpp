@@ -131,6 +131,8 @@ Weights weights_of(const Tensor& up_weight, const std::optional<Tensor>& up_bias
   STD_TORCH_CHECK(neuron_ids.is_contiguous() && widths.is_contiguous() && neuron_ids.scalar_type() == ScalarType::Int &&
                       widths.scalar_type() == ScalarType::Int,
                   "neuron_ids and widths must be contiguous and int32");
+  STD_TORCH_CHECK(!up_bias || (up_bias->scalar_type() == ScalarType::Float && up_bias->is_contiguous()),
+                  "up_bias must be contiguous and float32");
   STD_TORCH_CHECK(depth <= kMaxSlice * kMaxSlices, "tomoe::expert_mlp on CPU takes up to ",
                   kMaxSlice * kMaxSlices, " columns");
   Weights w;
@@ -186,6 +188,14 @@ Tensor expert_mlp(Tensor hidden_states, Tensor expert_ids, Tensor up_weight, std
 Tensor prepare_experts(Tensor up_weight, std::optional<Tensor> up_bias, Tensor down_weight, Tensor neuron_ids,
                        Tensor widths, std::string activation) {
   const Weights weights = weights_of(up_weight, up_bias, down_weight, neuron_ids, widths, activation);
+  for (int64_t e = 0; e < weights.experts; ++e) {
+    const List list{weights.ids + e * weights.max_width, weights.widths[e]};
+    STD_TORCH_CHECK(list.size >= 0 && list.size <= weights.max_width, "widths[", e, "] is ", list.size,
+                    "; neuron_ids has ", weights.max_width, " columns");
+    for (int64_t i = 0; i < list.size; ++i)
+      STD_TORCH_CHECK(list.ids[i] >= 0 && list.ids[i] < weights.neurons, "neuron_ids[", e, ", ", i, "] is ",
+                      list.ids[i], "; there are ", weights.neurons, " neurons");
+  }
   const Tensor prepared = empty({static_cast<int64_t>(sizeof weights)}, aoti_torch_dtype_uint8());
   std::memcpy(prepared.data_ptr(), &weights, sizeof weights);
   return prepared;
