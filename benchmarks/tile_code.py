@@ -91,7 +91,10 @@ def main() -> None:
     if not shutil.which("objdump"):
         sys.exit("objdump was not found; install binutils")
     cpu = arguments.cpu or CPUS[arguments.isa]
-    loops = tiles_of(arguments.isa, cpu)
+    try:
+        loops = tiles_of(arguments.isa, cpu)
+    except native.BuildError as error:
+        sys.exit(str(error))
     for loop in loops:
         rate = f", {loop.cycles:.1f} cycles, {loop.multiply_adds / loop.cycles:.2f} a cycle" if loop.cycles else ""
         print(

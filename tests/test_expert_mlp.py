@@ -1,9 +1,5 @@
 """The expert MLP: each of its ways through the weights against the plain-torch reference."""
 
-import re
-from pathlib import Path
-
-import psutil
 import pytest
 import torch
 
@@ -11,7 +7,7 @@ from tests.helpers.compare import assert_close, relative_rms
 from tomoe_vllm.kernels import native
 from tomoe_vllm.kernels.expert_mlp import ExpertWeights, expert_mlp
 from tomoe_vllm.kernels.expert_mlp.reference import expert_mlp_reference
-from tomoe_vllm.kernels.expert_mlp.rows import HUGE_PAGE, empty_panels, empty_rows, neuron_lists, neuron_order
+from tomoe_vllm.kernels.expert_mlp.rows import neuron_lists, neuron_order
 from tomoe_vllm.kernels.expert_mlp.thresholds import Thresholds, load_thresholds
 
 THRESHOLDS = Thresholds(gather_tokens=0, grouped_tokens=1)
@@ -154,17 +150,6 @@ def test_w_down_may_come_in_panels(tokens, hidden, width, threads):
     assert torch.equal(run_prepared(in_panels), run(case))
 
 
-@pytest.mark.parametrize(
-    ("hidden", "threads", "panels"), [(576, 2, 6), (576, 4, 12), (2048, 2, 32), (576, 64, 6), (50, 2, 0), (96, 2, 2)]
-)
-def test_every_thread_has_its_share_of_panels(monkeypatch, hidden, threads, panels):
-    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
-    rows = empty_panels(7, hidden)
-    assert rows.shape == ((7, panels, hidden // panels) if panels else (7, hidden))
-    assert not panels or rows[:, 0].is_contiguous()
-    assert torch.equal(rows.fill_(2).flatten(1), torch.full((7, hidden), 2.0))
-
-
 def test_strided_input_is_taken():
     case = make_case(6, 64, 96, 8)
     wide = torch.randn(6, 128)
@@ -209,7 +194,7 @@ def test_vectors_of_other_cpus_agree_too(monkeypatch, lanes):
     code = f"""
 import torch
 import tests.test_expert_mlp as t
-import tomoe_vllm.kernels.route
+import tests.test_route
 torch.ops.load_library({str(native.build("another"))!r})
 t.native.load = lambda: True
 for threads in (1, 2):
@@ -220,7 +205,7 @@ for threads in (1, 2):
         t.test_a_token_does_not_depend_on_its_batch_not_even_in_the_last_bit(experts, threads, True)
     for tokens in (1, 3, 40, 150):
         t.test_w_down_may_come_in_panels(tokens, 192, 96, threads)
-t.test_routes_as_the_equations_do(70, 8)
+tests.test_route.test_routes_as_the_equations_do(70, 8)
 print("all")
 """
     result = python("-c", code, env=environment())
@@ -265,14 +250,6 @@ def test_weights_may_change_in_place_once_they_are_prepared():
     assert_close(expert_mlp(*case[:2], weights), expected_output(case), 1e-5)
 
 
-def test_weights_live_as_long_as_what_was_prepared_of_them():
-    case = make_case(6, 576, 4096, 8)
-    expected = expected_output(case)
-    weights = ExpertWeights(*(t.clone() if t is not None else None for t in case[2:]), "silu", THRESHOLDS)
-    torch.full((2 * 4096, 576), torch.nan)  # would take memory that is free
-    assert_close(expert_mlp(*case[:2], weights), expected, 1e-5)
-
-
 @pytest.mark.parametrize(
     "change", [pytest.param(lambda t: t.bfloat16(), id="bfloat16"), pytest.param(lambda t: t.to("meta"), id="meta")]
 )
@@ -283,42 +260,6 @@ def test_weights_that_the_kernel_does_not_take_are_not_prepared(change):
     if not case[0].is_meta:
         with pytest.raises(RuntimeError, match="takes float32"):
             expert_mlp(*case[:2], weights)
-
-
-@pytest.mark.parametrize("experts", [1, 5, 8, 16])
-@pytest.mark.parametrize("tokens", [1, 3, 70])
-def test_routes_as_the_equations_do(tokens, experts):
-    generator = torch.Generator().manual_seed(1)
-    x, weight = torch.randn(tokens, 75, generator=generator), torch.randn(experts, 75, generator=generator)
-    assert torch.equal(torch.ops.tomoe.route(x, weight), (x.double() @ weight.double().T).argmax(-1))
-
-
-def test_equal_logits_go_to_the_first_expert():
-    assert torch.ops.tomoe.route(torch.randn(3, 32), torch.zeros(16, 32)).tolist() == [0, 0, 0]
-
-
-def test_neuron_lists_are_sorted_and_padded_with_a_valid_row():
-    ids, widths = neuron_lists(torch.tensor([[0, 1, 0, 1], [0, 0, 0, 0], [1, 1, 1, 0]]))
-    assert widths.tolist() == [2, 0, 3]
-    assert widths.dtype == ids.dtype == torch.int32
-    assert ids.shape == (3, 3)
-    assert ids[0, :2].tolist() == [1, 3]
-    assert ids[2].tolist() == [0, 1, 2]
-    assert ids.max() < 4
-
-
-def test_order_of_neurons_gives_experts_few_runs():
-    generator = torch.Generator().manual_seed(4)
-    masks = (torch.rand(8, 2000, generator=generator) < 0.5).float()
-    order = neuron_order(masks)
-    assert order.sort().values.tolist() == list(range(2000))
-    starts = (masks[:, order].diff(dim=1) == 1).sum(dim=1)
-    assert (masks.diff(dim=1) == 1).sum(dim=1).min() > 400
-    assert all(starts <= torch.tensor([1, 1, 2, 4, 8, 16, 32, 64]))  # the bits of a Gray code
-    gray = [0b000, 0b001, 0b011, 0b010, 0b110, 0b111, 0b101, 0b100]
-    codes = torch.tensor([[code >> bit & 1 for code in sorted(gray)] for bit in (2, 1, 0)])
-    assert neuron_order(codes).tolist() == gray
-    assert neuron_order(torch.ones(300, 4)).tolist() == [0, 1, 2, 3]  # equal ones stay as they are, of any number
 
 
 @pytest.mark.parametrize(
@@ -410,57 +351,3 @@ def test_thresholds_of_this_device_are_read_from_the_named_folder(monkeypatch, t
             load_thresholds()
     finally:
         load_thresholds.cache_clear()
-
-
-@pytest.mark.parametrize(("hidden", "stride"), [(576, 576), (2048, 2064), (96, 96)])
-@pytest.mark.parametrize("num_rows", [1, 3000])
-def test_rows_of_weights_lie_apart_and_on_huge_pages(num_rows, hidden, stride):
-    rows = empty_rows(num_rows, hidden)
-    assert (rows.shape, rows.stride(0), rows.dtype) == ((num_rows, hidden), stride, torch.float32)
-    others = [empty_rows(5, 48).fill_(7) for _ in range(3)]
-    assert torch.equal(rows.fill_(3), torch.full((num_rows, hidden), 3.0))
-    assert all(torch.equal(other, torch.full((5, 48), 7.0)) for other in others)
-    assert {tensor.data_ptr() % 64 for tensor in [rows, *others]} == {0}
-    with torch.device("meta"):
-        assert empty_rows(2, 64).is_meta
-        assert empty_panels(2, 64).is_meta
-
-
-def test_weights_lie_on_huge_pages():
-    modes = Path("/sys/kernel/mm/transparent_hugepage/enabled")
-    if not modes.exists() or "[never]" in modes.read_text():
-        pytest.skip("Linux gives no huge pages here")
-    empty_rows(1, 2048)  # which is gone, and its memory with it
-    rows = empty_rows(4096, 2048).fill_(1)
-    num_bytes = rows.shape[0] * rows.stride(0) * 4
-    assert num_bytes <= bytes_in_huge_pages(rows) < num_bytes + HUGE_PAGE
-    before = psutil.Process().memory_info().rss
-    del rows
-    assert before - psutil.Process().memory_info().rss >= num_bytes
-
-
-def bytes_in_huge_pages(tensor) -> int:
-    """Of the mappings that ``tensor`` lies in."""
-    total, is_its = 0, False
-    for line in Path("/proc/self/smaps").read_text().splitlines():
-        if match := re.match("([0-9a-f]+)-([0-9a-f]+) ", line):
-            is_its = int(match[1], 16) <= tensor.data_ptr() < int(match[2], 16)
-        elif is_its and line.startswith("AnonHugePages"):
-            total += int(line.split()[1]) * 1024
-    return total
-
-
-@pytest.mark.parametrize("tokens", [1, 70])
-def test_recorded_routes_are_the_routes(tokens):
-    generator = torch.Generator().manual_seed(2)
-    x, weight = torch.randn(tokens, 75, generator=generator), torch.randn(16, 75, generator=generator)
-    record = torch.full((80,), 99, dtype=torch.uint8)
-    ids = torch.ops.tomoe.route_recorded(x, weight, record)
-    assert torch.equal(ids, torch.ops.tomoe.route(x, weight))
-    assert torch.equal(record[:tokens].long(), ids)
-    assert (record[tokens:] == 99).all()
-
-
-def test_a_record_too_short_is_refused():
-    with pytest.raises(RuntimeError, match=r"one for each token at least|exceeds dimension size"):
-        torch.ops.tomoe.route_recorded(torch.randn(5, 32), torch.randn(8, 32), torch.zeros(4, dtype=torch.uint8))

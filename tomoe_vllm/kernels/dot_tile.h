@@ -10,6 +10,8 @@ namespace tomoe {
 template <int T, int R>
 void dot_tile(const float* const* w, const float* const* x, int64_t begin, int64_t end, const float* const* next,
               int num_next, float* const* out, int64_t token_stride, bool is_first) {
+  // A loop that is left over reaches sums by number, and they lie on the stack (benchmarks/tile_code.py).
+  static_assert(T <= 16 && R <= 16, "loops over tokens and rows must be unrolled whole");
   Vec sums[(R * T + 3) / 4 * 4];
 #pragma GCC unroll 32
   for (int i = 0; i < (R * T + 3) / 4 * 4; ++i) sums[i] = zero();
