@@ -28,7 +28,7 @@ ifeq ($(EXTRA),cpu)
 	@# Their general builds break transformers' imports beside a CPU build of torch; nothing here uses them.
 	$(BIN)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 endif
-	$(BIN)/python -m tomoe_vllm.vllm_cpu_shim
+	$(BIN)/python -m tomoe_vllm.compat.vllm_cpu_shim
 	touch $@
 
 demo: install    ## convert, serve and measure a real 135M model (under 20 minutes on 2 cores)

@@ -42,7 +42,7 @@ def start(folder: Path):
 
     llm = LLM(
         str(folder), dtype="float32", enforce_eager=True, max_model_len=2048, disable_log_stats=True,
-        worker_extension_cls="tomoe_vllm.worker_extension.ExpertExtension",
+        worker_extension_cls="tomoe_vllm.observability.worker_extension.ExpertExtension",
         additional_config={"tomoe_expert_statistics": True},
     )  # fmt: skip
     (obstacle,) = llm.collective_rpc("tomoe_start_experts")

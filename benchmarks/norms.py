@@ -11,8 +11,8 @@ import torch
 from vllm.config import CompilationConfig, VllmConfig, set_current_vllm_config
 from vllm.model_executor.layers.layernorm import RMSNorm
 
-from tomoe_vllm.bench.measure import interleave, summary
-from tomoe_vllm.layers.layernorm import ToMoERMSNorm
+from tomoe_vllm.diagnostics.bench.measure import interleave, summary
+from tomoe_vllm.layers.norm import ToMoERMSNorm
 
 HIDDEN_SIZES = (576, 2048)
 NUM_TOKENS = (1, 16, 64, 1024)

@@ -21,11 +21,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from tomoe_vllm.bench.measure import interleave, summary
-from tomoe_vllm.bench.op import Call, Layer, call_with, check, draw_experts, make_layers, rounds_of, walk
-from tomoe_vllm.bench.shapes import SHAPES
-from tomoe_vllm.kernels import native
-from tomoe_vllm.kernels.expert_mlp.rows import PANEL_WIDTHS, empty_panels, empty_rows
+from tomoe_vllm.diagnostics.bench.measure import interleave, summary
+from tomoe_vllm.diagnostics.bench.op import Call, Layer, call_with, check, draw_experts, make_layers, rounds_of, walk
+from tomoe_vllm.diagnostics.bench.shapes import SHAPES
+from tomoe_vllm.kernels import build as library
+from tomoe_vllm.kernels.expert_mlp.weight_layout import PANEL_WIDTHS, empty_panels, empty_rows
 
 ROOT = Path(__file__).resolve().parent.parent
 KERNELS = "tomoe_vllm/kernels"
@@ -52,8 +52,8 @@ def build(version: str, name: str, folder: Path) -> Callable[[Layer, Tensor, Ten
     sources = [folder / name / OP / "cpu.cpp"]
     for file in [*(folder / name).rglob("*.h"), *sources]:
         file.write_text(re.sub(r"\btomoe\b", name, file.read_text()))
-    cxx = native.compiler() or sys.exit("no C++ compiler was found")
-    native.compile_library(cxx, native.flags_of(), sources, folder / f"{name}.so")
+    cxx = library.compiler() or sys.exit("no C++ compiler was found")
+    library.compile_library(cxx, library.flags_of(), sources, folder / f"{name}.so")
     LIBRARIES.append(torch.library.Library(name, "FRAGMENT"))
     for op in OPS:
         LIBRARIES[-1].define(str(getattr(torch.ops.tomoe, op).default._schema).removeprefix("tomoe::"))
@@ -101,7 +101,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, nargs="+", default=[1, 2, 4, 8, 16, 64, 256, 1024])
     arguments = parser.parse_args()
     shape = SHAPES[arguments.shape]
-    if not native.load():
+    if not library.load():
         sys.exit("the CPU kernels could not be compiled")
     rows = []
     with tempfile.TemporaryDirectory(prefix="tomoe-op-") as folder:

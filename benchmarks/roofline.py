@@ -1,14 +1,14 @@
 """What can ToMoE gain on a GPU, at best, by batch size? Run: python benchmarks/roofline.py --active-ratio 0.5
 
-The MLPs of LLaMA-2 7B on A100 and H100, by tomoe_vllm/roofline.py: arithmetic, nothing is measured. Times in
-ms per step of all layers; "x" is dense time / time. The last line is JSON.
+The MLPs of LLaMA-2 7B on A100 and H100, by tomoe_vllm/diagnostics/roofline.py: arithmetic, nothing is measured.
+Times in ms per step of all layers; "x" is dense time / time. The last line is JSON.
 """
 
 import argparse
 import dataclasses
 import json
 
-from tomoe_vllm.roofline import CHIPS, LLAMA_2_7B, costs
+from tomoe_vllm.diagnostics.roofline import CHIPS, LLAMA_2_7B, costs
 
 TOKENS = (1, 2, 3, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 SHARED = ("gather", "masked", "grouped")

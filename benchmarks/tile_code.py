@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from tomoe_vllm.kernels import native
+from tomoe_vllm.kernels import build
 
 REGISTERS = {"AVX512": "%zmm", "AVX2": "%ymm"}
 CPUS = {"AVX512": "icelake-server", "AVX2": "haswell"}
@@ -71,7 +71,7 @@ def cycles_of(loop: list[str], cpu: str) -> float | None:
 def tiles_of(isa: str, cpu: str) -> list[Loop]:
     """The tiles' loops, built for ``isa``."""
     register, tiles = REGISTERS[isa], {}
-    for name, instructions in functions_of(native.build(isa)):
+    for name, instructions in functions_of(build.build(isa)):
         tile = re.match(r"void tomoe::(\w+_tile<[^>]*>)", name)
         loops = [loop for loop in innermost_loops(instructions) if any("vfmadd" in i and register in i for i in loop)]
         if tile and loops and tile[1] not in tiles:
@@ -93,7 +93,7 @@ def main() -> None:
     cpu = arguments.cpu or CPUS[arguments.isa]
     try:
         loops = tiles_of(arguments.isa, cpu)
-    except native.BuildError as error:
+    except build.BuildError as error:
         sys.exit(str(error))
     for loop in loops:
         rate = f", {loop.cycles:.1f} cycles, {loop.multiply_adds / loop.cycles:.2f} a cycle" if loop.cycles else ""

@@ -14,15 +14,14 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
+from tomoe_training.config import RunConfig
+from tomoe_training.method.losses import distillation_loss
+from tomoe_training.method.relaxation import NoiseSource
+from tomoe_training.method.student import Student
+from tomoe_training.runtime import has_fast_bfloat16, release_memory, tune_malloc
+from tomoe_training.trainer import make_optimizer
+from tomoe_training.warm_start.initialization import warm_start
 from transformers import AutoModelForCausalLM
-
-from training.config import RunConfig
-from training.losses import distillation_loss
-from training.relaxation import NoiseSource
-from training.runtime import has_fast_bfloat16, release_memory, tune_malloc
-from training.student import Student
-from training.trainer import make_optimizer
-from training.warm_start import warm_start
 
 
 def dense_step(student: Student, ids: torch.Tensor) -> None:

@@ -20,14 +20,14 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from tomoe_vllm.bench.measure import interleave, summary
-from tomoe_vllm.bench.op import WALKED_BYTES, call_with, draw_experts, rounds_of, walk
-from tomoe_vllm.bench.shapes import SHAPES, Shape
+from tomoe_vllm.diagnostics.bench.measure import interleave, summary
+from tomoe_vllm.diagnostics.bench.op import WALKED_BYTES, call_with, draw_experts, rounds_of, walk
+from tomoe_vllm.diagnostics.bench.shapes import SHAPES, Shape
 from tomoe_vllm.hf.tomoe_math import unpack_signature
-from tomoe_vllm.kernels import native
+from tomoe_vllm.kernels import build
 from tomoe_vllm.kernels.expert_mlp import ExpertWeights, expert_mlp
-from tomoe_vllm.kernels.expert_mlp.rows import empty_panels, empty_rows, neuron_lists, neuron_order
-from tomoe_vllm.kernels.expert_mlp.thresholds import load_thresholds
+from tomoe_vllm.kernels.expert_mlp.triton.thresholds import load_thresholds
+from tomoe_vllm.kernels.expert_mlp.weight_layout import empty_panels, empty_rows, neuron_lists, neuron_order
 
 CHANGES = {"served": "", "unordered": "order", "rows": "panels", "small pages": "huge pages"}
 """What each way goes without."""
@@ -80,7 +80,7 @@ def main() -> None:
     parser.add_argument("--checkpoint", type=Path, help="a ToMoE checkpoint, for its experts")
     parser.add_argument("--tokens", type=int, nargs="+", default=[1, 2, 4, 8, 16, 64, 256])
     arguments = parser.parse_args()
-    if not native.load():
+    if not build.load():
         sys.exit("the CPU kernels could not be compiled")
     shape = SHAPES[arguments.shape]
     # As many layers as ways at least: two at the same layer would find its rows in the cache.

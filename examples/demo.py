@@ -145,7 +145,7 @@ def main() -> None:
 
     if not model.exists():
         run("demo-model", "--out", str(model))
-    from training.demo import write_demo_text
+    from tomoe_training.demo_model import write_demo_text
 
     write_demo_text(train_text, held_out)
     is_resumed = SHIPPED_ADAPTER.is_dir() and not arguments.cold

@@ -19,9 +19,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.deploy.test_manifests import instructions
 from tests.helpers.tiny_models import save_tiny_model
 from tests.helpers.wheel import build_wheel, install_wheel
-from tests.serving.test_deploy import instructions
 
 START_LIMIT_S = 1200
 USER = 10001
@@ -30,7 +30,7 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.engine,
     pytest.mark.skipif(os.getuid() != 0, reason="becomes another user, so it must start as root"),
-    pytest.mark.skipif(find_spec("serving.lifecycle") is None, reason="tomoe serve is not in this tree"),
+    pytest.mark.skipif(find_spec("tomoe_serving.server.lifecycle") is None, reason="tomoe serve is not in this tree"),
     pytest.mark.skipif(bool(shutil.which("nvidia-smi")), reason="installs the CPU build of vLLM"),
 ]
 

@@ -3,12 +3,12 @@
 import json
 
 import pytest
+import tomoe_training.trainer
 import torch
 from safetensors.torch import load_file
+from tomoe_training.artifacts.files import ADAPTER_TENSORS
 
-import training.trainer
 from tests.helpers.students import SETTINGS as METHOD_SETTINGS
-from training.checkpoint import ADAPTER_TENSORS
 
 SETTINGS = METHOD_SETTINGS | {
     "sequence_length": 32,
@@ -57,17 +57,17 @@ def interrupt(config_, out):
     class StoppedError(Exception):
         pass
 
-    step = training.trainer._Run._step
+    step = tomoe_training.trainer._Run._step
 
     def stop(self, model, optimizer, noise, number):
         if number == 2:
             raise StoppedError
         return step(self, model, optimizer, noise, number)
 
-    training.trainer._Run._step = stop
+    tomoe_training.trainer._Run._step = stop
     try:
         with pytest.raises(StoppedError):
-            training.trainer.train(config_, out)
+            tomoe_training.trainer.train(config_, out)
     finally:
-        training.trainer._Run._step = step
+        tomoe_training.trainer._Run._step = step
     assert (out / "run" / "checkpoint.pt").is_file()

@@ -3,13 +3,13 @@
 from pathlib import Path
 
 import torch
+from tomoe_training.artifacts.adapter import Adapter, AdapterConfig
+from tomoe_training.artifacts.files import fingerprint
+from tomoe_training.config import MethodSettings
+from tomoe_training.method.student import Student
 from transformers import AutoModelForCausalLM
 
 from tomoe_vllm.hf.configuration_tomoe import base_model_type
-from training.adapter import Adapter, AdapterConfig
-from training.checkpoint import fingerprint
-from training.config import MethodSettings
-from training.student import Student
 
 SETTINGS = {
     "active_ratio": 0.6,

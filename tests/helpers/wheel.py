@@ -23,7 +23,7 @@ def install_wheel(wheel: Path, folder: Path, *, extras: str = "cpu", python: str
         ["-m", "pip", "install", "--quiet", "--upgrade", "pip>=26"],
         ["-m", "pip", "install", "--quiet", f"{wheel}[{extras}]"],
         ["-m", "pip", "uninstall", "--quiet", "--yes", "torchvision", "torchaudio", "torchcodec"],
-        ["-m", "tomoe_vllm.vllm_cpu_shim"],
+        ["-m", "tomoe_vllm.compat.vllm_cpu_shim"],
     ):
         subprocess.run([own, *command], check=True, cwd=folder)
     return own.parent

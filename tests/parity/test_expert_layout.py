@@ -8,15 +8,15 @@ from tests.parity.conftest import make_prompts, max_logprob_difference, start_en
 from tests.parity.test_families import LOGPROB_LIMIT
 from tests.parity.test_loading import loading_error
 from tomoe_vllm.hf.tomoe_math import pack_signature
-from tomoe_vllm.kernels import native
-from tomoe_vllm.kernels.expert_mlp.rows import neuron_order
+from tomoe_vllm.kernels import build
+from tomoe_vllm.kernels.expert_mlp.weight_layout import neuron_order
 
 pytestmark = pytest.mark.engine
 
 
 @pytest.fixture(autouse=True)
 def compiler():
-    if native.compiler() is None:
+    if build.compiler() is None:
         pytest.skip("no C++ compiler")
 
 
@@ -51,7 +51,7 @@ def test_float32_on_a_cpu_takes_the_shared_layout_and_both_agree(tmp_path, promp
 
 
 def test_without_a_compiler_the_masked_layout_serves(tmp_path, prompts, monkeypatch):
-    monkeypatch.setattr(native, "load", lambda: False)
+    monkeypatch.setattr(build, "load", lambda: False)
     model = save_tiny_model(tmp_path, "llama")
     with start_engine(tmp_path) as engine:
         assert mlp_class(engine) == "ToMoEMaskedMLP"

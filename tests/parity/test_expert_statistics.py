@@ -7,13 +7,13 @@ from tests.helpers.routes import expert_counts, reference_routes
 from tests.helpers.tiny_models import NUM_EXPERTS, UNUSED_EXPERT, save_tiny_model
 from tests.parity.conftest import make_prompts, start_engine
 from tomoe_vllm.hf.tomoe_math import unpack_signature
-from tomoe_vllm.kernels import native
-from tomoe_vllm.layers.expert_traces import NOT_COMPUTED
+from tomoe_vllm.kernels import build
+from tomoe_vllm.observability.expert_traces import NOT_COMPUTED
 
 pytestmark = pytest.mark.engine
 
 STATISTICS = {
-    "worker_extension_cls": "tomoe_vllm.worker_extension.ExpertExtension",
+    "worker_extension_cls": "tomoe_vllm.observability.worker_extension.ExpertExtension",
     "additional_config": {"tomoe_expert_statistics": True},
 }
 LENGTHS = (1, 40, 90, 17, 64, 33, 120, 5, 80)
@@ -90,7 +90,7 @@ def test_every_token_of_a_chunked_batch_has_the_experts_of_the_reference(chunked
     np.testing.assert_array_equal(found, expert_counts(routes, NUM_EXPERTS))
     assert found[:, UNUSED_EXPERT].sum() == 0
     assert sum(answer["step_paths"].values()) == answer["num_steps"] > len(LENGTHS)
-    if native.compiler() is not None:
+    if build.compiler() is not None:
         assert set(answer["step_paths"]) == {"shared_rows"}
 
 

@@ -8,8 +8,8 @@ import json
 import pytest
 
 from tests.helpers.processes import environment, python
-from tomoe_vllm.bench.checkpoints import write_dense, write_tomoe
-from tomoe_vllm.bench.shapes import Shape
+from tomoe_vllm.diagnostics.bench.checkpoints import write_dense, write_tomoe
+from tomoe_vllm.diagnostics.bench.shapes import Shape
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
 

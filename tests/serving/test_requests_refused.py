@@ -131,7 +131,7 @@ def test_request_id_is_kept_logged_and_sent_back(server):
     assert response.headers["x-request-id"] == "my-id.7"
     assert "my-id.7" in response.json()["id"]
     assert other.headers["x-request-id"] != "a bad id"
-    line = next(entry for entry in server.log_lines("serving.access") if entry["request_id"] == "my-id.7")
+    line = next(entry for entry in server.log_lines("tomoe_serving.access") if entry["request_id"] == "my-id.7")
     assert (line["path"], line["status"]) == ("/v1/completions", 200)
 
 

@@ -1,7 +1,7 @@
 import pytest
+from tomoe_training.config import load_run_config
 
 from tests.helpers.runs import SETTINGS
-from training.config import load_run_config
 
 
 @pytest.fixture

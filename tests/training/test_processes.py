@@ -5,11 +5,11 @@ import time
 
 import pytest
 import torch
+from tomoe_training.artifacts.files import ADAPTER_CONFIG, ADAPTER_TENSORS
+from tomoe_training.trainer import train
 
 from tests.helpers.processes import environment, python, start_python
 from tests.helpers.runs import assert_identical, assignments, interrupt, largest_difference, metrics
-from training.checkpoint import ADAPTER_CONFIG, ADAPTER_TENSORS
-from training.trainer import train
 
 
 def _kill_at(process, out, step):

@@ -1,11 +1,11 @@
 """What the trainer refuses, in one clear line, and that nothing is lost by it."""
 
 import pytest
+from tomoe_training.artifacts.files import ADAPTER_CONFIG, ADAPTER_TENSORS
+from tomoe_training.trainer import train
 
 from tests.helpers.dense_models import save_dense_model
 from tests.helpers.runs import interrupt
-from training.checkpoint import ADAPTER_CONFIG, ADAPTER_TENSORS
-from training.trainer import train
 
 
 @pytest.mark.parametrize("size", [0, 5, 1000, -100])

@@ -4,17 +4,17 @@ import json
 
 import pytest
 import torch
+from tomoe_training.artifacts.adapter import Adapter
+from tomoe_training.artifacts.export import export_checkpoint, plan_widths
+from tomoe_training.artifacts.files import ADAPTER_CONFIG, ADAPTER_TENSORS, fingerprint
+from tomoe_training.artifacts.inspection import inspect
+from tomoe_training.config import load_run_config
+from tomoe_training.trainer import train
 from transformers import AutoConfig
 
 from tests.helpers.dense_models import random_text
 from tests.helpers.runs import SETTINGS, assert_identical, assignments, largest_difference, metrics, tensors
 from tomoe_vllm.hf.configuration_tomoe import block_shape
-from training.adapter import Adapter
-from training.checkpoint import ADAPTER_CONFIG, ADAPTER_TENSORS, fingerprint
-from training.config import load_run_config
-from training.export import export_checkpoint, plan_widths
-from training.inspection import inspect
-from training.trainer import train
 
 
 @pytest.fixture(scope="module")

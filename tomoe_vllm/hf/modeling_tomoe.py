@@ -8,8 +8,8 @@ No forward pass is rewritten. Each mask of the method sits at the edge of a line
 
 With the gates off the model is the dense one (the teacher); with them on it is the converted one. That
 is exact but saves nothing: dense GEMMs run and their output is masked. The fast paths live in vLLM's
-layers. Training's gates (training/gates.py) subclass the two gates here and differ only in how a mask
-comes about.
+layers. Training's gates (training/tomoe_training/method/gates.py) subclass the two gates here and
+differ only in how a mask comes about.
 """
 
 import torch

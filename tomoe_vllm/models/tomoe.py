@@ -33,11 +33,11 @@ from vllm.model_executor.models.utils import (
 from vllm.sequence import IntermediateTensors
 
 from tomoe_vllm.hf.configuration_tomoe import base_model_type
-from tomoe_vllm.layers.attention import ToMoEAttention
-from tomoe_vllm.layers.expert_mlp import make_expert_mlp
-from tomoe_vllm.layers.layernorm import ToMoELayerNorm, ToMoERMSNorm
-from tomoe_vllm.layers.shared_mlp import ToMoESharedMLP
-from tomoe_vllm.models.strict_loading import load_strictly
+from tomoe_vllm.layers.attention.attention import ToMoEAttention
+from tomoe_vllm.layers.mlp.layout import make_expert_mlp
+from tomoe_vllm.layers.mlp.shared import ToMoESharedMLP
+from tomoe_vllm.layers.norm import ToMoELayerNorm, ToMoERMSNorm
+from tomoe_vllm.models.loading import load_strictly
 
 
 @dataclass(frozen=True, kw_only=True)

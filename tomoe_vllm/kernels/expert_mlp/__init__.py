@@ -7,8 +7,8 @@ weights serves all experts. What is read and in which order is decided inside; t
 inputs alone and it never waits for a device. The CUDA version has three ways, and ``thresholds`` say where it changes;
 the C++ version goes by the tokens of each expert.
 
-Versions: plain torch (``reference.py``, the truth, any device and dtype), C++ for float32 on CPUs (``cpu.cpp``,
-from the moment ``kernels.native.load()`` succeeds). A CUDA version registers itself the same way, for key "CUDA".
+Versions: plain torch (``reference.py``, the truth, any device and dtype), C++ for float32 on CPUs (``op.cpp``,
+from the moment ``kernels.build.load()`` succeeds). A CUDA version registers itself the same way, for key "CUDA".
 
 On CPUs ``tomoe::prepare_experts`` checks a layer's weights once, and ``tomoe::prepared_expert_mlp`` takes what it made
 instead of them: to one token of a small model, eight tensors that are in no cache cost more than it seems.
@@ -20,10 +20,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from tomoe_vllm.kernels import native
+from tomoe_vllm.kernels import build
 from tomoe_vllm.kernels.expert_activation import require_activation
 from tomoe_vllm.kernels.expert_mlp.reference import expert_mlp_reference
-from tomoe_vllm.kernels.expert_mlp.thresholds import Thresholds
+from tomoe_vllm.kernels.expert_mlp.triton.thresholds import Thresholds
 
 _LIBRARY = torch.library.Library("tomoe", "FRAGMENT")
 _LIBRARY.define(
@@ -80,8 +80,8 @@ class ExpertWeights:
 
     ``up``: [2F, D], the gate's rows first, or [F, D] without a gate; ``up_bias``: [2F] or [F], or None; ``down``:
     [F, D], one row per neuron, or on a CPU [F, panels, D / panels]
-    (:func:`~tomoe_vllm.kernels.expert_mlp.rows.empty_panels`); rows may lie apart; ``masks``: [N, F] of ones and
-    zeros; ``neuron_ids``, ``widths``: the same as lists (:func:`~tomoe_vllm.kernels.expert_mlp.rows.neuron_lists`);
+    (``weight_layout.empty_panels``); rows may lie apart; ``masks``: [N, F] of ones and
+    zeros; ``neuron_ids``, ``widths``: the same as lists (``weight_layout.neuron_lists``);
     floats of one dtype. ``activation``: a Hugging Face ``hidden_act``; ``thresholds``: those of the device
     (``load_thresholds()``). ``prepared``: [bytes] uint8, all that as the C++ kernels take it, or None where there are
     none for it. Values in the tensors may change in place.
@@ -120,7 +120,7 @@ class ExpertWeights:
 
     def _prepare(self) -> Tensor | None:
         is_for_cpp = self.up.device.type == "cpu" and self.up.dtype == torch.float32
-        if not (is_for_cpp and native.load()):
+        if not (is_for_cpp and build.load()):
             return None
         return torch.ops.tomoe.prepare_experts(
             self.up, self.up_bias, self.down, self.neuron_ids, self.widths, self.activation

@@ -1,4 +1,4 @@
-"""``tomoe::route``: the expert of each token, on every device; in C++ on CPUs once ``kernels.native`` is loaded.
+"""``tomoe::route``: the expert of each token, on every device; in C++ on CPUs once ``kernels.build`` is loaded.
 
 ``tomoe::route_recorded`` also leaves the experts in a buffer of the caller's, as bytes: one op, since a copy after it
 would cost a small model's step more than the routing itself.

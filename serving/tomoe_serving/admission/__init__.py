@@ -1,0 +1,1 @@
+"""Which request may run now: queue, measured step time, SLO."""

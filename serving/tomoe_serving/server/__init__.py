@@ -1,0 +1,1 @@
+"""The process: settings, engine, app, life cycle, sockets, logs."""

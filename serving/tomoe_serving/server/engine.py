@@ -1,0 +1,253 @@
+"""vLLM, behind the names that the rest of the server uses: the only file of ``serving`` that imports it.
+
+vLLM's own app is built as ``vllm serve`` builds it, so its OpenAI routes are unchanged. What is ours is
+:class:`AdmittingLLM`, its engine client with seats: every sequence takes one before the engine sees it.
+"""
+
+import contextlib
+import hashlib
+import os
+import time
+from argparse import Namespace
+from collections.abc import AsyncGenerator, AsyncIterator
+from http import HTTPStatus
+from itertools import count
+from typing import Any
+
+import torch
+from fastapi import FastAPI
+from vllm import SamplingParams
+from vllm import __version__ as vllm_version
+from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.entrypoints.launchers.api_server.app_state import init_app_state
+from vllm.entrypoints.launchers.app import build_app
+from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
+from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
+from vllm.exceptions import GracefulHTTPError, VLLMValidationError
+from vllm.logger import configure_logging_from_args
+from vllm.outputs import RequestOutput
+from vllm.platforms import current_platform
+from vllm.sampling_params import RequestOutputKind
+from vllm.usage.usage_lib import UsageContext
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.metrics.loggers import StatLoggerBase
+
+from tomoe_serving.admission.calibration import Stream
+from tomoe_serving.admission.controller import Admission, AdmissionClosedError
+from tomoe_serving.admission.step_time import Limits
+from tomoe_serving.api.active_budget import BudgetSource, Capacity, InUse, cost_of
+from tomoe_serving.server.memory import free_memory
+from tomoe_serving.server.settings import ServerSettings
+
+
+class AdmittingLLM(AsyncLLM):
+    """vLLM's client of its engine process; sequences take a seat of ``admission`` first, once there is one."""
+
+    admission: Admission | None = None
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.running_ids: set[str] = set()
+        super().__init__(*args, **kwargs)
+
+    def check_admission(self, n: int = 1, request_id: str | None = None) -> None:
+        """vLLM asks before a response is started; more sequences than seats could never run together."""
+        if self.admission is not None and n > self.admission.max_sequences:
+            most = self.admission.max_sequences
+            raise VLLMValidationError(f"n is {n}, but at most {most} sequences run at once here", parameter="n")
+        super().check_admission(n, request_id)
+
+    async def generate(
+        self, prompt: Any, sampling_params: SamplingParams, request_id: str, **kwargs: Any
+    ) -> AsyncGenerator[RequestOutput, None]:
+        """As vLLM's, after a seat was taken. The seat is given back when the caller stops reading, however."""
+        if self.admission is None:
+            async with contextlib.aclosing(super().generate(prompt, sampling_params, request_id, **kwargs)) as outputs:
+                async for output in outputs:
+                    yield output
+            return
+        n = sampling_params.n
+        seat_of = self.admission.seat(
+            sequences=n, prompt_tokens=_prompt_tokens(prompt), max_tokens=sampling_params.max_tokens or 1
+        )
+        is_delta = sampling_params.output_kind == RequestOutputKind.DELTA
+        try:
+            async with seat_of as seat:
+                self.running_ids.add(request_id)
+                outputs = super().generate(prompt, sampling_params, request_id, **kwargs)
+                async with contextlib.aclosing(outputs):
+                    async for output in outputs:
+                        tokens = sum(len(each.token_ids) for each in output.outputs)
+                        new = tokens if is_delta else tokens - seat.tokens
+                        self.admission.produced(seat, new, time.monotonic())
+                        yield output
+        except AdmissionClosedError as error:
+            raise GracefulHTTPError(str(error), HTTPStatus.SERVICE_UNAVAILABLE) from error
+        finally:
+            self.running_ids.discard(request_id)
+
+    async def cut(self) -> None:
+        """End every running request: its stream gets a last chunk with finish_reason "abort"."""
+        await self.abort(list(self.running_ids))
+
+
+class LastStats(StatLoggerBase):
+    """Keeps the share of KV blocks in use that the engine reported last."""
+
+    kv_usage = 0.0
+
+    def __init__(self, vllm_config: Any, engine_index: int = 0) -> None:
+        pass
+
+    def record(self, scheduler_stats: Any, iteration_stats: Any, mm_cache_stats: Any = None, engine_idx: int = 0):
+        """vLLM calls it after each step."""
+        if scheduler_stats is not None:
+            LastStats.kv_usage = scheduler_stats.kv_cache_usage
+
+    def log_engine_initialized(self) -> None:
+        """Nothing to log."""
+
+
+class _Parser(FlexibleArgumentParser):
+    def error(self, message: str) -> Any:
+        raise ValueError(f"vLLM's flags: {message}")
+
+
+def parse_engine_args(settings: ServerSettings, defaults: dict[str, object], limits: Limits | None) -> Namespace:
+    """vLLM's arguments: ``defaults``, over them the limits of an SLO, over all what the operator gave.
+
+    Raises ``ValueError`` for flags that vLLM does not know.
+    """
+    cli_env_setup()
+    name = settings.checkpoint.resolve().name
+    flags = ["--model", str(settings.checkpoint), "--served-model-name", name, str(settings.checkpoint)]
+    flags += ["--shutdown-timeout", str(round(settings.drain_timeout))]
+    flags += ["--logging-config.formatter", settings.log_format]
+    if current_platform.is_cpu():
+        os.environ.setdefault("VLLM_CPU_NUM_OF_RESERVED_CPU", "0")
+        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")
+        flags += ["--dtype", "float32", "--enforce-eager"]
+    for key, value in defaults.items():
+        flags += [f"--{key.replace('_', '-')}"] + ([] if value is True else [str(value)])
+    if limits is not None:
+        flags += ["--max-num-seqs", str(limits.max_sequences), "--max-num-batched-tokens", str(limits.max_step_tokens)]
+    if settings.log_prompts:
+        flags.append("--enable-log-requests")
+    args = make_arg_parser(_Parser()).parse_args([*flags, *settings.engine_args])
+    args.allowed_origins = list(settings.allowed_origins)
+    args.allowed_methods = ["GET", "POST", "OPTIONS"]
+    configure_logging_from_args(args)
+    validate_parsed_serve_args(args)
+    return args
+
+
+@contextlib.asynccontextmanager
+async def start_engine(args: Namespace) -> AsyncIterator[AdmittingLLM]:
+    """The engine in its own process, until the block ends. Raises what vLLM raises if it cannot start."""
+    config = AsyncEngineArgs.from_cli_args(args).create_engine_config(UsageContext.OPENAI_API_SERVER)
+    client = AdmittingLLM.from_vllm_config(
+        config,
+        usage_context=UsageContext.OPENAI_API_SERVER,
+        stat_loggers=[LastStats],
+        enable_log_requests=args.enable_log_requests,
+        disable_log_stats=args.disable_log_stats,
+    )
+    try:
+        await client.reset_mm_cache()
+        yield client
+    finally:
+        client.shutdown(timeout=config.shutdown_timeout)
+
+
+async def build_openai_app(client: AdmittingLLM, args: Namespace) -> FastAPI:
+    """vLLM's FastAPI app, as ``vllm serve`` builds it."""
+    tasks = await client.get_supported_tasks()
+    app = build_app(args, tasks, client.model_config)
+    await init_app_state(client, app.state, args, tasks)
+    return app
+
+
+def token_stream(client: AdmittingLLM) -> Stream:
+    """What calibration drives: greedy tokens of one prompt, counted as they come."""
+    numbers = count()
+
+    async def stream(prompt: list[int], new_tokens: int) -> AsyncIterator[int]:
+        params = SamplingParams(
+            temperature=0, max_tokens=new_tokens, ignore_eos=True, detokenize=False, output_kind=RequestOutputKind.DELTA
+        )
+        name = f"calibration-{next(numbers)}"
+        async for output in client.generate({"prompt_token_ids": prompt}, params, name):
+            yield len(output.outputs[0].token_ids)
+
+    return stream
+
+
+def kv_capacity(client: AsyncLLM) -> int:
+    """Tokens that the KV cache holds."""
+    cache = client.vllm_config.cache_config
+    return (cache.num_gpu_blocks or 0) * cache.block_size
+
+
+def kv_value_bytes(client: AsyncLLM) -> int:
+    """Bytes of one value in the KV cache."""
+    name = client.vllm_config.cache_config.cache_dtype
+    return client.model_config.dtype.itemsize if name == "auto" else 1 if name.startswith("fp8") else 2
+
+
+def parameter_bytes(client: AsyncLLM, facts: dict[str, Any]) -> float:
+    """Bytes of one parameter as it lies in memory."""
+    if client.vllm_config.quant_config is not None:
+        return facts["total_bytes"] / facts["total_parameters"]
+    return float(client.model_config.dtype.itemsize)
+
+
+def step_limits(client: AsyncLLM) -> Limits:
+    """What the engine's own scheduler allows."""
+    scheduler = client.vllm_config.scheduler_config
+    return Limits(scheduler.max_num_seqs, scheduler.max_num_batched_tokens)
+
+
+def profile_key(settings: ServerSettings, facts: dict[str, Any]) -> dict[str, object]:
+    """What a measured step time depends on."""
+    config = (settings.checkpoint / "config.json").read_bytes()
+    return {
+        "checkpoint": hashlib.sha256(config).hexdigest()[:16] + f"-{facts['total_bytes']}",
+        "vllm": vllm_version,
+        "device": current_platform.get_device_name(),
+        "threads": torch.get_num_threads(),
+        "engine_args": list(settings.engine_args),
+    }
+
+
+def memory_needed(args: Namespace, facts: dict[str, Any]) -> int:
+    """Bytes of weights that each device must hold."""
+    dtype = getattr(torch, args.dtype, None) if args.dtype != "auto" else None
+    total = facts["total_parameters"] * dtype.itemsize if dtype and not args.quantization else facts["total_bytes"]
+    return total // (args.tensor_parallel_size * args.pipeline_parallel_size)
+
+
+def memory_available() -> int:
+    """Bytes that this process may still take on the device."""
+    return free_memory() if current_platform.is_cpu() else torch.cuda.mem_get_info()[0]
+
+
+def _prompt_tokens(prompt: Any) -> int:
+    """Length of a prompt as vLLM's renderer gives it; 1 where it holds no ids."""
+    ids = prompt.get("prompt_token_ids") if isinstance(prompt, dict) else None
+    return len(ids) if ids else 1
+
+
+def bare_budget(client: AsyncLLM, args: Namespace, facts: dict[str, Any]) -> BudgetSource:
+    """The budget under bare ``vllm serve``: what vLLM itself knows, without admission or measurement."""
+    limits = step_limits(client)
+    capacity = Capacity(
+        max_sequences=limits.max_sequences,
+        max_step_tokens=limits.max_step_tokens,
+        queue_size=None,
+        kv_tokens=kv_capacity(client),
+        tpot_slo_ms=None,
+        tokens_per_s=None,
+    )
+    cost = cost_of(facts, parameter_bytes(client, facts), kv_value_bytes(client))
+    name = (args.served_model_name or [args.model])[0]
+    return BudgetSource(name, cost, None, lambda: capacity, lambda: InUse(running=client.get_num_unfinished_requests()))

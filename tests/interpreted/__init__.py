@@ -1,1 +1,0 @@
-"""Values of the Triton kernels in Triton's interpreter: tests/test_interpreted.py runs these in another process."""

@@ -1,0 +1,44 @@
+import json
+import logging
+
+import pytest
+from tomoe_serving.server.logs import configure_logging
+
+NAMES = ("", "serving", "uvicorn.error", "httpx")
+
+
+@pytest.fixture(autouse=True)
+def loggers_as_they_were():
+    loggers = [logging.getLogger(name) for name in NAMES]
+    before = [(logger, list(logger.handlers), logger.level, logger.propagate) for logger in loggers]
+    yield
+    for logger, handlers, level, propagate in before:
+        logger.handlers[:], logger.propagate = handlers, propagate
+        logger.setLevel(level)
+
+
+def test_a_line_is_one_json_object_with_its_fields(capsys):
+    configure_logging("json", "info")
+    logging.getLogger("tomoe_serving.access").info("GET %s", "/x\ny", extra={"status": 200})
+    (line,) = capsys.readouterr().err.splitlines()
+    entry = json.loads(line)
+    assert (entry["level"], entry["logger"], entry["message"], entry["status"]) == (
+        "INFO", "tomoe_serving.access", "GET /x\ny", 200,
+    )  # fmt: skip
+
+
+def test_ours_survives_a_library_that_takes_the_root_over(capsys):
+    configure_logging("json", "info")
+    logging.getLogger().handlers[:] = []
+    logging.getLogger().setLevel("ERROR")
+    logging.getLogger("serving").info("still here")
+    assert capsys.readouterr().err.count("still here") == 1
+
+
+def test_level_and_text(capsys):
+    configure_logging("text", "warning")
+    logging.getLogger("serving").info("quiet")
+    logging.getLogger("serving").warning("loud")
+    err = capsys.readouterr().err
+    assert "quiet" not in err
+    assert "WARNING serving loud" in err

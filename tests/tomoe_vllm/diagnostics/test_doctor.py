@@ -1,0 +1,121 @@
+"""``tomoe doctor``: what it says, what it keeps, and its exit code, here and on machines stood in for."""
+
+import json
+
+import pytest
+import torch
+
+from tomoe_vllm.diagnostics import doctor
+from tomoe_vllm.diagnostics.doctor import chip_of, conclusion, examine, model_layer
+
+CHECK = {
+    "path": "gather", "num_tokens": 1, "routing": "random", "dtype": "bfloat16", "limit": 1e-2, "overall": 4e-3,
+    "worst_row": 5e-3, "error": None, "ms": 0.2, "dense_ms": 0.3, "roofline_ms": 0.1, "agrees": True,
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def no_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
+def facts_of(checks, failures, device="NVIDIA A100", verdict_file="/x/doctor.json"):
+    return {
+        "checks": checks, "failures": failures, "device": device, "agrees": not failures, "verdict_file": verdict_file
+    }  # fmt: skip
+
+
+def test_without_a_gpu_it_says_so_and_fails(run_cli):
+    code, out, err = run_cli("doctor")
+    assert code == 1
+    assert err.splitlines()[-1].startswith("no GPU here")
+    facts = json.loads(out.splitlines()[-1])
+    assert (facts["agrees"], facts["checks"], facts["verdict_file"]) == (None, [], None)
+    assert {"torch", "triton", "vllm", "cpu_isa", "compiler"} <= facts["environment"].keys()
+
+
+def test_interpreter_runs_every_check_and_keeps_nothing(run_cli, tmp_path, monkeypatch):
+    monkeypatch.setenv("TOMOE_CACHE_ROOT", str(tmp_path))
+    code, out, err = run_cli("doctor", "--interpret")
+    assert code == 1, "no GPU was checked"
+    facts = json.loads(out.splitlines()[-1])
+    assert facts["agrees"], facts["failures"]
+    assert {check["path"] for check in facts["checks"]} == {"gather", "masked", "grouped"}
+    assert f"all {len(facts['checks'])} checks agree" in err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_kernels_that_disagree_fail_and_refuse_the_shared_layout():
+    broken = CHECK | {"agrees": False}
+    lines, code = conclusion(facts_of([CHECK, broken], ["gather, 1 tokens: relative RMS 1"]))
+    assert code == 1
+    assert "gather, 1 tokens" in lines[0]
+    assert "1 of 2 checks disagree (NVIDIA A100): the shared layout is refused" in lines[1]
+
+
+def test_kernels_that_agree_on_a_gpu_succeed():
+    lines, code = conclusion(facts_of([CHECK], []))
+    assert code == 0
+    assert lines[-1] == "kept in /x/doctor.json"
+
+
+def test_verdict_of_a_gpu_is_kept(monkeypatch, tmp_path):
+    kernel_checks = pytest.importorskip("tomoe_vllm.diagnostics.kernel_checks", reason="Triton is in the dev extra")
+    from tomoe_vllm.kernels.expert_mlp.triton.validation import read_verdict
+
+    monkeypatch.setenv("TOMOE_CACHE_ROOT", str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=0: "NVIDIA A100-SXM4-80GB")
+    wrong = kernel_checks.Check(
+        path="grouped", num_tokens=16, routing="random", dtype="bfloat16", limit=1e-2, overall=1.0, worst_row=1.0
+    )
+    monkeypatch.setattr(kernel_checks, "run_checks", lambda *arguments: [wrong])
+    facts = examine()
+    assert facts["agrees"] is False
+    assert facts["chip"]["bandwidth"] == 2.039e12
+    found = read_verdict("NVIDIA A100-SXM4-80GB")
+    assert not found.agrees
+    assert "grouped, 16 tokens" in found.failures[0]
+    assert conclusion(facts)[1] == 1
+
+
+def test_table_has_a_cell_for_every_column():
+    (row,) = doctor.rows(facts_of([CHECK], []))
+    assert len(row) == len(doctor.COLUMNS)
+    assert row[-2:] == ["50%", "agrees"]
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        pytest.param({"model_type": "llama", "hidden_act": "silu"}, (704, 8, 3, "silu", False), id="dense"),
+        pytest.param(
+            {"model_type": "tomoe_phi", "num_experts": 16, "expert_intermediate_sizes": [96, 320],
+             "hidden_act": "gelu_new"}, (320, 16, 2, "gelu_new", True), id="checkpoint, no gate"),
+    ],
+)  # fmt: skip
+def test_sizes_are_those_of_the_model(config, expected, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"hidden_size": 512, "intermediate_size": 1408} | config))
+    shape, activation, has_bias = model_layer(tmp_path)
+    assert (shape.width, shape.num_experts, shape.num_matrices, activation, has_bias) == expected
+    assert (shape.hidden_size, shape.num_neurons) == (512, 1408)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"model_type": "mamba"}, "'mamba' model; supported families: llama"),
+        ({"model_type": "llama", "hidden_act": "swish2"}, "hidden_act is 'swish2'"),
+    ],
+)
+def test_a_model_it_cannot_check_is_an_error(config, message, tmp_path, run_cli):
+    (tmp_path / "config.json").write_text(json.dumps({"hidden_size": 512, "intermediate_size": 1408} | config))
+    code, out, err = run_cli("doctor", "--model", tmp_path)
+    assert (code, out) == (2, "")
+    assert message in err
+
+
+def test_peak_numbers_are_the_data_sheets_where_known(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=0: "NVIDIA H100 80GB HBM3")
+    chip = chip_of()
+    assert (chip.name, chip.flops) == ("NVIDIA H100 80GB HBM3", 989e12)

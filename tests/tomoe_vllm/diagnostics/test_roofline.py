@@ -1,0 +1,78 @@
+"""The cost model against counts made another way, and the figures of the design."""
+
+import itertools
+import json
+
+import pytest
+
+from tests.helpers.processes import REPOSITORY, python
+from tomoe_vllm.diagnostics.roofline import CHIPS, LLAMA_2_7B, MLPShape, costs, distinct_experts
+
+A100, H100 = CHIPS
+
+
+@pytest.mark.parametrize(("num_tokens", "num_experts"), [(1, 8), (2, 8), (3, 4), (5, 3)])
+def test_distinct_experts_are_those_of_every_routing(num_tokens, num_experts):
+    counts = [0] * (num_experts + 1)
+    for routing in itertools.product(range(num_experts), repeat=num_tokens):
+        counts[len(set(routing))] += 1
+    expected = [count / num_experts**num_tokens for count in counts]
+    assert distinct_experts(num_tokens, num_experts) == pytest.approx(expected)
+
+
+def test_dense_weights_of_llama_2_7b():
+    assert LLAMA_2_7B.weight_bytes == 2 * 3 * 4096 * 11008 * 32  # 8.66 GB
+    assert LLAMA_2_7B.flops_per_token == 2 * 3 * 4096 * 11008 * 32
+
+
+@pytest.mark.parametrize(
+    ("way", "num_tokens", "speedup"),
+    [
+        ("gather", 1, 2.0),
+        ("gather", 2, 1 / 0.71875),  # one expert with chance 1/8 (a half), else two (three quarters)
+        ("materialised", 2, 1 / 0.9375),  # 1.875 experts of a half
+        ("masked", 16, 1.0),
+        ("grouped", 4096, 2.0),
+        ("materialised", 4096, 2.0),
+    ],
+)
+@pytest.mark.parametrize("chip", CHIPS, ids=lambda chip: chip.name)
+def test_speedup_over_dense(way, num_tokens, speedup, chip):
+    ways = costs(LLAMA_2_7B, num_tokens)
+    assert ways["dense"].seconds(chip) / ways[way].seconds(chip) == pytest.approx(speedup, rel=1e-3)
+
+
+def test_copies_of_experts_read_more_than_dense_from_three_tokens():
+    assert [costs(LLAMA_2_7B, m)["materialised"].memory_bytes > LLAMA_2_7B.weight_bytes for m in (2, 3)] == [
+        False,
+        True,
+    ]
+
+
+def test_dense_turns_from_memory_to_compute_at_the_ridge():
+    for chip in CHIPS:
+        ridge = chip.flops / chip.bandwidth
+        below, above = (costs(LLAMA_2_7B, m)["dense"].seconds(chip) for m in (int(ridge) - 1, int(ridge) + 2))
+        assert below == pytest.approx(LLAMA_2_7B.weight_bytes / chip.bandwidth)
+        assert above > below
+
+
+def test_more_active_neurons_cost_more():
+    narrow, wide = (MLPShape(hidden_size=64, num_neurons=100, width=w) for w in (30, 70))
+    for way in ("materialised", "gather", "grouped"):
+        assert costs(narrow, 4)[way].seconds(A100) < costs(wide, 4)[way].seconds(A100)
+
+
+def test_script_prints_the_table_of_the_documentation_and_json():
+    result = python(REPOSITORY / "benchmarks" / "roofline.py")
+    assert result.returncode == 0, result.stderr
+    *table, last = result.stdout.splitlines()
+    documentation = (REPOSITORY / "docs" / "performance.md").read_text()
+    assert "\n".join(table) in documentation
+    assert json.loads(last)["active_ratio"] == 0.5
+
+
+def test_script_takes_p_and_refuses_a_wrong_one():
+    result = python(REPOSITORY / "benchmarks" / "roofline.py", "--active-ratio", "0.25")
+    assert "(4.00x)" in result.stdout.splitlines()[2]
+    assert python(REPOSITORY / "benchmarks" / "roofline.py", "--active-ratio", "1.5").returncode == 2

@@ -1,0 +1,1 @@
+"""Values of the Triton kernels in Triton's interpreter; test_interpreted.py runs these in another process."""

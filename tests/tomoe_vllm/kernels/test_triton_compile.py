@@ -1,0 +1,233 @@
+"""What the Triton kernels compile to for A100 (sm_80), H100 (sm_90) and A10/L4 (sm_86): no GPU is needed.
+
+Seen with Triton 3.9.0. Checked for bf16 and the shapes of LLaMA-2 7B: no spilled register, shared memory
+within the chip, weights as 16-byte asynchronous copies, the tensor-core instruction, pipeline depth.
+"""
+
+from functools import cache
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton", reason="Triton is in the dev extra")
+
+import triton.language as tl  # noqa: E402
+
+from tests.helpers.triton_compile import Compiled, Launch, compile_launch, recorded_launches, specialization  # noqa: E402
+from tomoe_vllm.kernels.expert_activation.triton import expert_activation_triton  # noqa: E402
+from tomoe_vllm.kernels.expert_mlp.triton.gather import GatherConfig, expert_mlp_gather  # noqa: E402
+from tomoe_vllm.kernels.expert_mlp.triton.grouped import expert_mlp_grouped, grouped_config  # noqa: E402
+
+SHARED_BYTES = {80: 163 * 1024, 86: 99 * 1024, 90: 227 * 1024}
+"""Most shared memory of a block (CUDA C++ programming guide, compute capabilities)."""
+
+SHAPES = {
+    "7b": {"hidden_size": 4096, "num_neurons": 11008, "width": 5504},
+    "135m": {"hidden_size": 576, "num_neurons": 1536, "width": 768},  # D is no multiple of the tiles
+    "phi-2": {"hidden_size": 2560, "num_neurons": 10240, "width": 5120, "is_gated": False},
+}
+GROUPED_TOKENS = [64, 512, 4096]
+"""One for each row of grouped_config: 8, 64 and 512 tokens per expert."""
+
+GATHER = GatherConfig()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def fresh_cache(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(triton.knobs.cache, "dir", str(tmp_path_factory.mktemp("triton")))
+        yield
+        compiled.cache_clear()
+
+
+def meta(*shape: int, dtype=torch.bfloat16) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def record(path, shape, num_tokens, arch, dtype=torch.bfloat16) -> dict[str, Launch]:
+    """Launches of a path by kernel name, at full size."""
+    sizes = {"is_gated": True} | SHAPES[shape]
+    hidden_size, num_neurons, is_gated = sizes["hidden_size"], sizes["num_neurons"], sizes["is_gated"]
+    up_rows = num_neurons * (1 + is_gated)
+    expert_ids = meta(num_tokens, dtype=torch.int64)
+    arguments = (
+        meta(num_tokens, hidden_size, dtype=dtype),
+        expert_ids,
+        meta(up_rows, hidden_size, dtype=dtype),
+        None if is_gated else meta(up_rows, dtype=dtype),
+        meta(num_neurons, hidden_size, dtype=dtype),
+        meta(8, sizes["width"], dtype=torch.int32),
+        meta(8, dtype=torch.int32),
+        "silu" if is_gated else "gelu_new",
+    )
+    with recorded_launches(pytest.MonkeyPatch()) as launches:
+        if path == "gather":
+            expert_mlp_gather(*arguments)
+        elif path == "grouped":
+            config = grouped_config(num_tokens, 8, (arch // 10, arch % 10), dtype.itemsize)
+            expert_mlp_grouped(*arguments, config)
+        else:
+            masks = meta(8, num_neurons, dtype=torch.uint8)
+            expert_activation_triton(meta(num_tokens, up_rows, dtype=dtype), expert_ids, masks, "silu")
+    return {launch.kernel.__name__: launch for launch in launches}
+
+
+@cache
+def compiled(path, shape, num_tokens, arch, dtype=torch.bfloat16) -> dict[str, Compiled]:
+    launches = record(path, shape, num_tokens, arch, dtype)
+    return {name: compile_launch(launch, arch) for name, launch in launches.items()}
+
+
+def assert_fits(kernels: dict[str, Compiled], arch: int) -> None:
+    for name, kernel in kernels.items():
+        assert kernel.spilled_bytes == 0, name
+        assert "serialized" not in kernel.ptxas, name  # wgmma instructions made to wait for each other
+        assert kernel.shared_bytes <= SHARED_BYTES[arch], name
+
+
+def expected_copies(config_threads: int, tile_bytes: int, depth: int) -> int:
+    """16-byte copies of one thread for one tile: ``depth`` times before the loop and once inside it."""
+    return tile_bytes // (16 * config_threads) * (depth + 1)
+
+
+@pytest.mark.parametrize("arch", SHARED_BYTES)
+@pytest.mark.parametrize("path", ["gather", "activation"])
+def test_kernels_for_few_tokens_fit(path, arch):
+    assert_fits(compiled(path, "7b", 1, arch), arch)
+
+
+@pytest.mark.parametrize("arch", SHARED_BYTES)
+@pytest.mark.parametrize("num_tokens", GROUPED_TOKENS)
+def test_grouped_kernels_fit(num_tokens, arch):
+    assert_fits(compiled("grouped", "7b", num_tokens, arch), arch)
+
+
+@pytest.mark.parametrize("shape", ["135m", "phi-2"])
+@pytest.mark.parametrize("path", ["gather", "grouped"])
+def test_other_models_fit_and_copy_16_bytes(path, shape):
+    kernels = compiled(path, shape, 1 if path == "gather" else 512, 80)
+    assert_fits(kernels, 80)
+    for name in (f"{path}_up_kernel", f"{path}_down_kernel"):
+        assert kernels[name].async_copies[16] > 0, name
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+def test_other_dtypes_fit(dtype):
+    assert_fits(compiled("gather", "7b", 1, 80, dtype), 80)
+    assert_fits(compiled("grouped", "7b", 512, 80, dtype), 80)
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+def test_gathered_rows_stream_through_a_pipeline_of_the_depth_asked_for(arch):
+    kernels = compiled("gather", "7b", 1, arch)
+    up, down = kernels["gather_up_kernel"], kernels["gather_down_kernel"]
+    assert up.buffers(GATHER.up_block_n, GATHER.up_block_k) == {GATHER.up_stages - 1}
+    assert down.buffers(GATHER.down_block_k, GATHER.down_block_n) == {GATHER.down_stages - 1}
+    assert up.steps_ahead(GATHER.up_block_n, GATHER.up_block_k) == GATHER.up_stages - 1
+    assert down.steps_ahead(GATHER.down_block_k, GATHER.down_block_n) == GATHER.down_stages - 1
+    tile = GATHER.up_block_n * GATHER.up_block_k * 2
+    assert up.async_copies[16] == 2 * expected_copies(32 * GATHER.up_warps, tile, GATHER.up_stages - 1)
+    tile = GATHER.down_block_k * GATHER.down_block_n * 2
+    assert down.async_copies[16] == expected_copies(32 * GATHER.down_warps, tile, GATHER.down_stages - 1)
+
+
+def test_all_programs_of_gather_up_are_resident_on_an_a100():
+    kernel, launch = compiled("gather", "7b", 1, 80)["gather_up_kernel"], record("gather", "7b", 1, 80)
+    threads = 32 * GATHER.up_warps
+    by_registers = 65536 // (-(-kernel.registers // 8) * 8 * threads)
+    by_shared = 164 * 1024 // (kernel.shared_bytes + 1024)
+    num_programs = launch["gather_up_kernel"].grid[1]
+    assert num_programs <= 108 * min(by_registers, by_shared)
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize("num_tokens", GROUPED_TOKENS)
+def test_grouped_uses_tensor_cores_16_byte_copies_and_the_depth_asked_for(num_tokens, arch):
+    config = grouped_config(num_tokens, 8, (arch // 10, arch % 10))
+    kernels = compiled("grouped", "7b", num_tokens, arch)
+    up, down = kernels["grouped_up_kernel"], kernels["grouped_down_kernel"]
+    # wgmma needs 64 rows; where it reads shared memory itself, the pipeline keeps one buffer more.
+    is_wgmma = arch == 90 and config.block_m >= 64
+    assert {up.tensor_core, down.tensor_core} == {"wgmma" if is_wgmma else "mma"}
+    up_depth, down_depth = config.up_stages - 1 + is_wgmma, config.down_stages - 1 + is_wgmma
+    assert up.buffers(config.up_block_n, config.up_block_k) == {up_depth}
+    assert down.buffers(config.down_block_k, config.down_block_n) == {down_depth}
+    assert up.steps_ahead(config.up_block_n, config.up_block_k) == config.up_stages - 1
+    assert down.steps_ahead(config.down_block_k, config.down_block_n) == config.down_stages - 1
+    up_bytes = 2 * (2 * config.up_block_n + config.block_m) * config.up_block_k
+    down_bytes = 2 * (config.down_block_n + config.block_m) * config.down_block_k
+    assert up.async_copies[16] == expected_copies(32 * config.up_warps, up_bytes, config.up_stages - 1)
+    assert down.async_copies[16] == expected_copies(32 * config.down_warps, down_bytes, config.down_stages - 1)
+
+
+@triton.jit
+def indexed_loop_kernel(
+    hidden_ptr,
+    down_weight_ptr,
+    neuron_ids_ptr,
+    output_ptr,
+    width,
+    hidden_size,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    STAGES: tl.constexpr,
+    WAY: tl.constexpr,
+):
+    """The loop of grouped_down, with its row numbers loaded in one of three ways."""
+    tokens, columns, dims = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_N)
+    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    rows = tl.load(neuron_ids_ptr + columns)
+    if WAY == "carried cast":
+        rows = rows.to(tl.int64)
+    for k in tl.range(0, width, BLOCK_K, num_stages=STAGES):
+        if WAY == "same step":
+            rows = tl.load(neuron_ids_ptr + k + columns)
+        values = tl.load(hidden_ptr + tokens[:, None] * width + k + columns[None, :])
+        weight = tl.load(down_weight_ptr + rows.to(tl.int64)[:, None] * hidden_size + dims[None, :])
+        acc = tl.dot(values, weight, acc)
+        if WAY != "same step":
+            rows = tl.load(neuron_ids_ptr + k + BLOCK_K + columns)
+        if WAY == "carried cast":
+            rows = rows.to(tl.int64)
+    tl.store(output_ptr + tokens[:, None] * hidden_size + dims[None, :], acc.to(tl.bfloat16))
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize(
+    ("way", "expected"),
+    [
+        pytest.param("carried", 3, id="loaded one step before, carried as loaded: all of the depth"),
+        pytest.param("same step", 1, id="loaded in the step that uses them"),
+        pytest.param("carried cast", 0, id="carried after a cast: buffers are there, nothing overlaps"),
+    ],
+)
+def test_way_of_loading_row_numbers_decides_the_depth(way, expected, arch):
+    arguments = (meta(64, 5504), meta(11008, 4096), meta(5504, dtype=torch.int32), meta(64, 4096), 5504, 4096)
+    tiles = {"BLOCK_M": 64, "BLOCK_N": 128, "BLOCK_K": 64, "STAGES": 4, "WAY": way}
+    options = {"num_warps": 4, "enable_fp_fusion": True}
+    kernel = compile_launch(Launch(indexed_loop_kernel, (1,), arguments, tiles, options), arch)
+    assert kernel.steps_ahead(64, 128) == expected
+
+
+@pytest.mark.parametrize("path", ["gather", "activation", "grouped"])
+def test_launching_reads_nothing_from_the_device(path):
+    """No host sync, no shape that depends on data: on meta tensors either would raise."""
+    launches = record(path, "7b", 300, 80)
+    assert launches
+    with pytest.raises(RuntimeError, match="meta"):
+        next(iter(launches.values())).arguments[1].flatten()[0].item()
+
+
+@pytest.mark.parametrize(("path", "counts"), [("gather", (1, 2, 3)), ("grouped", (513, 1024, 4097))])
+def test_one_binary_serves_every_number_of_tokens(path, counts):
+    """Or a server would compile in the middle of its work, or while it captures a graph."""
+    first, *others = ({n: specialization(k) for n, k in record(path, "7b", m, 80).items()} for m in counts)
+    assert all(other == first for other in others)
+
+
+def test_spills_are_seen():
+    """Two accumulators of 128 x 128 do not fit the registers of 8 warps on an A100: why its tile is 128 x 64."""
+    launch = record("grouped", "7b", 4096, 90)["grouped_up_kernel"]
+    assert launch.constexprs["BLOCK_N"] == 128
+    assert compile_launch(launch, 80).spilled_bytes > 0

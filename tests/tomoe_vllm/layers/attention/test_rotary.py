@@ -1,0 +1,103 @@
+"""A head without its pruned dims is rotated as the whole head is."""
+
+import pytest
+import torch
+
+from tests.helpers.compare import assert_close, is_close
+from tomoe_vllm.hf.tomoe_math import head_units
+
+
+@pytest.fixture(autouse=True)
+def vllm_config():
+    from vllm.config import VllmConfig, set_current_vllm_config
+
+    with set_current_vllm_config(VllmConfig()):
+        yield
+
+
+def kept_dims(head_dim: int, rotary_dim: int, units: list[int]) -> torch.Tensor:
+    return torch.isin(head_units(head_dim, rotary_dim), torch.tensor(units)).to(torch.uint8)
+
+
+CASES = [
+    pytest.param(32, 32, [15, 3, 4], {}, id="pairs"),
+    pytest.param(32, 32, list(range(16)), {}, id="all"),
+    pytest.param(80, 32, [0, 7, 15, 16, 20, 63], {}, id="partial: pairs and an even number of single dims"),
+    pytest.param(80, 32, [0, 7, 15, 16, 17, 63, 40, 41, 42], {}, id="partial, even"),
+    pytest.param(80, 32, [0, 7, 20, 63, 40], {}, id="partial, odd"),
+    pytest.param(80, 32, [20, 63, 40], {}, id="single dims alone"),
+    pytest.param(
+        32,
+        32,
+        [1, 9],
+        {
+            "rope_type": "llama3",
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 64,
+        },
+        id="llama3",
+    ),
+    pytest.param(
+        32,
+        32,
+        [1, 9],
+        {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64},
+        id="yarn scales cos and sin",
+    ),
+]
+
+
+def rotate(head_dim, rotary_dim, units, parameters):
+    """Whole heads rotated and then cut, and cut heads rotated."""
+    from vllm.model_executor.layers.rotary_embedding import get_rope
+
+    from tomoe_vllm.layers.attention.rotary import SelectedRotaryEmbedding, is_plain_rotary, rotation_order
+
+    rope = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": rotary_dim / head_dim} | parameters
+    base = get_rope(head_dim, max_position=256, rope_parameters=rope, dtype=torch.float32)
+    assert is_plain_rotary(base)
+    order = rotation_order(kept_dims(head_dim, rotary_dim, units), rotary_dim)
+    selected = SelectedRotaryEmbedding(base, len(order))
+    selected.select(order)
+    generator = torch.Generator().manual_seed(0)
+    positions = torch.tensor([0, 3, 100, 255])
+    heads = torch.randn(4, 3, head_dim, generator=generator)
+    cut = heads[..., order]
+    expected = base.forward_native(positions, heads.flatten(1), None)[0].view(4, 3, -1)[..., order]
+    return positions, cut.flatten(1), expected.flatten(1), selected
+
+
+@pytest.mark.parametrize(("head_dim", "rotary_dim", "units", "parameters"), CASES)
+def test_cut_heads_are_rotated_as_whole_ones(head_dim, rotary_dim, units, parameters):
+    positions, cut, expected, selected = rotate(head_dim, rotary_dim, units, parameters)
+    queries, keys = selected.forward_native(positions, cut, cut)
+    assert_close(queries, expected)
+    assert_close(keys, expected)
+    queries, keys = selected.forward_cpu(positions, cut.clone(), cut.clone())
+    assert_close(queries, expected)
+    assert_close(keys, expected)
+
+
+def test_tolerance_catches_a_neighbouring_frequency():
+    positions, cut, expected, selected = rotate(32, 32, [15, 3, 4], {})
+    selected.select(torch.tensor([3, 5, 15, 19, 21, 31]))
+    assert not is_close(selected.forward_native(positions, cut, None)[0], expected)
+
+
+def test_the_rotated_width_depends_on_the_number_of_dims_alone():
+    """Compiled graphs hold it as a constant, and their cache knows the config, not the masks."""
+    for units in ([0, 1, 2, 3], [0, 1, 2, 20, 21], [0, 20, 21, 22, 23, 24, 25]):
+        assert rotate(80, 32, units, {})[3].cos_sin_cache.shape == (256, 8)
+
+
+@pytest.mark.parametrize(("width", "head_dim", "rotary_dim"), [(6, 32, 32), (32, 32, 32), (33, 80, 32), (61, 80, 32)])
+def test_default_dims_are_whole_pairs_of_the_right_number(width, head_dim, rotary_dim):
+    from tomoe_vllm.layers.attention.head_mask import _some_units
+    from tomoe_vllm.layers.attention.rotary import rotation_order
+
+    kept = _some_units(width, head_dim, rotary_dim)
+    assert int(kept.sum()) == width
+    assert torch.equal(kept[: rotary_dim // 2], kept[rotary_dim // 2 : rotary_dim])
+    assert sorted(rotation_order(kept, rotary_dim).tolist()) == kept.nonzero().flatten().tolist()

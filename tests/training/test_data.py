@@ -1,0 +1,198 @@
+"""Training text: the templates, packing without loss, and a stateless order."""
+
+import json
+from collections import Counter
+
+import pytest
+import torch
+from tomoe_training.data import InterleavedBlocks, alpaca_text, load_documents, pack, sample_from_model
+
+from tests.helpers.dense_models import BOS, EOS, UNKNOWN, dense_model, word_tokenizer
+
+
+def _write_jsonl(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+# ------------------------------------------------------------------------------------------ sources
+def test_alpaca_template_with_input():
+    row = {"instruction": "Add them. ", "input": "2 and 3", "output": " 5"}
+    assert alpaca_text(row) == (
+        "Below is an instruction that describes a task, paired with an input that provides further context. "
+        "Write a response that appropriately completes the request.\n\n"
+        "### Instruction:\nAdd them.\n\n### Input:\n2 and 3\n\n### Response:\n5"
+    )
+
+
+@pytest.mark.parametrize("row", [{"input": ""}, {"input": "  "}, {"input": None}, {}])
+def test_alpaca_template_without_input(row):
+    assert alpaca_text({"instruction": "Say {hi}.", "output": "Hi"} | row) == (
+        "Below is an instruction that describes a task. Write a response that appropriately completes the request."
+        "\n\n### Instruction:\nSay {hi}.\n\n### Response:\nHi"
+    )
+
+
+def test_text_file_is_one_document(tmp_path):
+    file = tmp_path / "a.txt"
+    file.write_text("w0 w1\n\nw2\n")
+    assert load_documents(str(file))["text"] == ["w0 w1\n\nw2\n"]
+
+
+def test_jsonl_text_column_is_taken_and_others_dropped(tmp_path):
+    file = _write_jsonl(tmp_path / "a.jsonl", [{"text": "w0", "n": 1}, {"text": "w1", "n": 2}])
+    documents = load_documents(file)
+    assert documents.column_names == ["text"]
+    assert documents["text"] == ["w0", "w1"]
+
+
+def test_instruction_rows_become_alpaca_text(tmp_path):
+    rows = [{"instruction": "a", "input": "b", "output": "c"}, {"instruction": "d", "input": "", "output": "e"}]
+    documents = load_documents(_write_jsonl(tmp_path / "a.jsonl", rows))
+    assert documents["text"] == [alpaca_text(row) for row in rows]
+
+
+def test_named_column_goes_over_the_default(tmp_path):
+    file = _write_jsonl(tmp_path / "a.jsonl", [{"text": "no", "body": "yes"}])
+    assert load_documents(file, "body")["text"] == ["yes"]
+
+
+def test_parquet_file_is_read(tmp_path):
+    import datasets
+
+    datasets.Dataset.from_dict({"text": ["w0", "w1"]}).to_parquet(tmp_path / "a.parquet")
+    assert load_documents(str(tmp_path / "a.parquet"))["text"] == ["w0", "w1"]
+
+
+def test_data_set_of_the_hub_or_of_a_folder_is_taken_by_name(tmp_path):
+    _write_jsonl(tmp_path / "train.jsonl", [{"text": "w0"}, {"text": "w1"}])
+    _write_jsonl(tmp_path / "test.jsonl", [{"text": "never trained on"}])
+    assert load_documents(f"hf:{tmp_path}")["text"] == ["w0", "w1"]
+
+
+def test_wrong_column_lists_the_columns_there_are(tmp_path):
+    file = _write_jsonl(tmp_path / "a.jsonl", [{"body": "x", "title": "y"}])
+    with pytest.raises(ValueError, match=r"no column 'story'; it has: body, title\. Use --text-column"):
+        load_documents(file, "story")
+    with pytest.raises(ValueError, match="no 'text' column"):
+        load_documents(file)
+
+
+def test_missing_file_is_named():
+    with pytest.raises(FileNotFoundError, match=r"no such data file: /nowhere/x\.jsonl"):
+        load_documents("/nowhere/x.jsonl")
+
+
+@pytest.mark.parametrize("source", ["notes.docx", "wikitex", "some_folder"])
+def test_unknown_source_lists_what_there_is(source):
+    with pytest.raises(ValueError, match=rf"unknown data source '{source}'.*\.jsonl.*alpaca.*self"):
+        load_documents(source)
+
+
+def test_text_file_that_is_no_text_is_named(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ValueError, match=r"a\.txt is not UTF-8 text"):
+        load_documents(str(tmp_path / "a.txt"))
+
+
+def test_damaged_jsonl_is_named(tmp_path):
+    file = tmp_path / "a.jsonl"
+    file.write_text('{"text": "w0"}\n{"text": \n')
+    with pytest.raises(ValueError, match=r"a\.jsonl cannot be read as jsonl"):
+        load_documents(str(file))
+
+
+def test_empty_jsonl_is_named(tmp_path):
+    file = tmp_path / "a.jsonl"
+    file.write_text("")
+    with pytest.raises(ValueError, match=r"a\.jsonl cannot be read as jsonl: it holds no rows"):
+        load_documents(str(file))
+
+
+# ------------------------------------------------------------------------------------------ packing
+def _documents(texts):
+    import datasets
+
+    return datasets.Dataset.from_dict({"text": texts})
+
+
+def _packed(texts, length, **tokenizer):
+    return [row["input_ids"].tolist() for row in pack(_documents(texts), word_tokenizer(**tokenizer), length)]
+
+
+def test_documents_are_joined_between_bos_and_eos():
+    assert _packed(["w0 w1 w2", "w3", "w4 w5"], 4) == [[BOS, 3, 4, 5], [EOS, BOS, 6, EOS], [BOS, 7, 8, EOS]]
+
+
+def test_no_bos_where_the_tokenizer_adds_none():
+    assert _packed(["w0 w1 w2", "w3"], 3, adds_bos=False) == [[3, 4, 5], [EOS, 6, EOS]]
+
+
+def test_nothing_is_lost_but_the_tail():
+    texts = [" ".join(f"w{(i * 7 + j) % 90}" for j in range(i % 13)) for i in range(200)]  # some are empty
+    stream = [t for text in texts if text for t in [BOS, *(3 + int(w[1:]) for w in text.split()), EOS]]
+    blocks = _packed(texts, 16)
+    assert [t for block in blocks for t in block] == stream[: len(stream) // 16 * 16]
+
+
+def test_unknown_words_keep_their_place():
+    assert _packed(["w0 nonsense w1"], 5) == [[BOS, 3, UNKNOWN, 4, EOS]]
+
+
+@pytest.mark.parametrize("texts", [["w0 w1"], [""], []])
+def test_source_shorter_than_one_block_is_an_error(texts):
+    with pytest.raises(ValueError, match="shorter than one block of 16 tokens; lower sequence_length"):
+        _packed(texts, 16)
+
+
+# -------------------------------------------------------------------------------------------- order
+def _sources(*lengths):
+    return [[torch.tensor([100 * i + j]) for j in range(length)] for i, length in enumerate(lengths)]
+
+
+def _numbers(blocks, count, start=0):
+    return [blocks.block(i).item() for i in range(start, start + count)]
+
+
+def test_sources_take_turns():
+    blocks = InterleavedBlocks(_sources(5, 3, 8), seed=0)
+    assert [n // 100 for n in _numbers(blocks, 30)] == [0, 1, 2] * 10
+
+
+def test_every_block_comes_once_per_epoch_and_in_a_new_order_next_time():
+    blocks = InterleavedBlocks(_sources(20, 7), seed=0)
+    first = _numbers(blocks, 200)[::2]
+    epochs = [first[i : i + 20] for i in range(0, 100, 20)]
+    assert all(Counter(epoch) == Counter(range(20)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 5
+    assert epochs[0] != list(range(20))
+
+
+def test_order_is_a_pure_function_of_the_seed():
+    forwards = _numbers(InterleavedBlocks(_sources(9, 4), seed=3), 60)
+    blocks = InterleavedBlocks(_sources(9, 4), seed=3)
+    backwards = [blocks.block(i).item() for i in reversed(range(60))]
+    assert backwards[::-1] == forwards
+    assert _numbers(InterleavedBlocks(_sources(9, 4), seed=4), 60) != forwards
+
+
+def test_batches_are_the_blocks_in_order_however_rows_are_split():
+    blocks = InterleavedBlocks(_sources(9, 4), seed=3)
+    whole = blocks.batch(5, range(4), 4)
+    assert whole.flatten().tolist() == _numbers(blocks, 4, start=20)
+    parts = [blocks.batch(5, rows, 4) for rows in (range(2), range(2, 3), range(3, 4))]
+    assert torch.equal(torch.cat(parts), whole)
+
+
+# ------------------------------------------------------------------------------------- self-made text
+def test_model_writes_its_own_text_and_leaves_the_random_state_alone():
+    model, tokenizer = dense_model("llama"), word_tokenizer()
+    torch.manual_seed(9)
+    expected = torch.rand(3)
+    torch.manual_seed(9)
+    texts = sample_from_model(model, tokenizer, num_tokens=64, length=16, seed=1, batch_size=4)
+    assert torch.equal(torch.rand(3), expected)
+    assert len(texts) == 4
+    assert all(word.startswith("w") for text in texts for word in text.split())
+    assert texts == sample_from_model(model, tokenizer, num_tokens=64, length=16, seed=1, batch_size=4)
+    assert texts != sample_from_model(model, tokenizer, num_tokens=64, length=16, seed=2, batch_size=4)

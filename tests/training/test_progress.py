@@ -1,0 +1,25 @@
+"""Progress goes to standard error, and to no log file in floods."""
+
+from tomoe_training.progress import TrainProgress
+
+TERMS = {"loss": 1.25, "task": 1.0, "r_p": 0.0, "r_u": 0.1, "r_l": 0.15, "active_ratio": 0.5, "union": 0.9}
+
+
+def _run(steps, capsys, is_on=True):
+    with TrainProgress(steps, 0, is_on=is_on) as progress:
+        for step in range(1, steps + 1):
+            progress.update(step, TERMS, 123.4)
+    return capsys.readouterr()
+
+
+def test_long_run_leaves_about_twenty_lines(capsys):
+    captured = _run(1000, capsys)
+    assert captured.out == ""
+    lines = captured.err.strip().splitlines()
+    assert 20 <= len(lines) <= 22
+    assert lines[-1].startswith("step 1000/1000: loss 1.250 = task 1.000")
+    assert "active 0.500, union 0.90; 123 tokens/s" in lines[-1]
+
+
+def test_other_ranks_are_silent(capsys):
+    assert _run(10, capsys, is_on=False).err == ""

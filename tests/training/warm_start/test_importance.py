@@ -1,0 +1,80 @@
+"""Importance is what a perturbed mask costs in KL, to second order."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tomoe_training.warm_start.importance import measure_importance
+
+from tests.helpers.students import random_student
+
+TOKEN = 5
+
+
+def _kl_of_scaling(base, layer, module, position, columns, ids, epsilon=0.05):
+    """2 KL / epsilon^2 with one set of columns of a linear's input scaled by 1 - epsilon at one position, each."""
+    with torch.no_grad():
+        dense = F.log_softmax(base(ids).logits[0].double(), dim=-1)
+
+        def scale(_, args):
+            values = args[0].clone()
+            for row, column in enumerate(columns):
+                values[row, position, column] *= 1 - epsilon
+            return (values,)
+
+        handle = layer.get_submodule(module).register_forward_pre_hook(scale)
+        masked = F.log_softmax(base(ids.expand(len(columns), -1)).logits.double(), dim=-1)
+        handle.remove()
+    return 2 / epsilon**2 * (dense.exp() * (dense - masked)).sum(dim=(1, 2))
+
+
+def _mean_importance(student, ids, field, num_draws):
+    draws = [getattr(measure_importance(student, [ids], seed)[1], field)[TOKEN].float() for seed in range(num_draws)]
+    return torch.stack(draws).mean(dim=0)
+
+
+@pytest.mark.parametrize("family", ["llama", "phi"])
+def test_importance_of_a_neuron_is_the_kl_of_losing_a_little_of_it(family, dense_folder):
+    student = random_student(dense_folder(family))
+    base, layer = student.base, student.base.model.layers[1]
+    student.set_gates(False)
+    ids = torch.randint(3, 90, (1, 12), generator=torch.Generator().manual_seed(1))
+    columns = list(range(student.shape.intermediate_size))
+    module = "mlp.down_proj" if family == "llama" else "mlp.fc2"
+    expected = _kl_of_scaling(base, layer, module, TOKEN, columns, ids)
+    measured = _mean_importance(student, ids, "neurons", num_draws=150).double()
+    assert measured.sum().item() == pytest.approx(expected.sum().item(), rel=0.25)
+    assert torch.corrcoef(torch.stack([measured, expected]))[0, 1] > 0.8
+
+
+def test_importance_of_a_value_dim_is_that_of_all_heads_at_once(dense_folder):
+    student = random_student(dense_folder("llama"))
+    base, layer, head_dim = student.base, student.base.model.layers[1], student.shape.head_dim
+    student.set_gates(False)
+    ids = torch.randint(3, 90, (1, 12), generator=torch.Generator().manual_seed(2))
+    columns = [list(range(a, student.shape.num_heads * head_dim, head_dim)) for a in range(head_dim)]
+    expected = _kl_of_scaling(base, layer, "self_attn.o_proj", TOKEN, columns, ids)
+    measured = _mean_importance(student, ids, "value", num_draws=150).double()
+    assert measured.sum().item() == pytest.approx(expected.sum().item(), rel=0.25)
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "phi"])
+def test_every_family_is_measured_in_full(family, dense_folder):
+    student = random_student(dense_folder(family))
+    shape = student.shape
+    layers = measure_importance(student, [torch.randint(3, 90, (2, 16)), torch.randint(3, 90, (1, 16))])
+    assert len(layers) == len(student.head_gates)
+    for layer in layers:
+        assert layer.neurons.shape == (48, shape.intermediate_size)
+        assert layer.value.shape == (48, shape.head_dim)
+        assert layer.mlp_in.shape == layer.attention_in.shape == (48, shape.hidden_size)
+        assert layer.query_key.shape == (shape.num_units,)
+        assert layer.query_key.min() >= 0
+        assert layer.query_key.sum() > 0
+
+
+def test_importance_is_the_same_twice(dense_folder):
+    student = random_student(dense_folder("llama"))
+    ids = torch.randint(3, 90, (2, 16))
+    first, second = (measure_importance(student, [ids])[0] for _ in range(2))
+    assert torch.equal(first.neurons, second.neurons)
+    assert torch.equal(first.query_key, second.query_key)

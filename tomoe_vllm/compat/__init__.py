@@ -1,0 +1,1 @@
+"""Differences between vLLM's releases and builds."""

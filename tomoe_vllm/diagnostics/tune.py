@@ -1,0 +1,78 @@
+"""``tomoe tune``: measures on this GPU where the expert MLP should change its way, and writes the device's table."""
+
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from tomoe_vllm.diagnostics.bench.shapes import Shape
+from tomoe_vllm.kernels.expert_mlp.triton.thresholds import Thresholds, device_name
+from tomoe_vllm.kernels.expert_mlp.weight_layout import neuron_lists
+
+NUM_TOKENS = (1, 2, 3, 4, 6, 8, 128, 192, 256, 384, 512, 640, 768, 1024, 1536, 2048, 4096)
+"""Where the cost model says that the ways may change places (docs/performance.md)."""
+NEVER = 1_000_000_000
+
+
+def best(times: dict[str, dict[int, float]]) -> Thresholds:
+    """The thresholds that measured times ask for; ``times``: of each way, seconds by number of tokens.
+
+    A way is taken only where it was measured faster than the masked one, at that number of tokens and at all measured
+    on its side: gather at all smaller, grouped at all larger ones.
+    """
+    sizes = sorted(times["masked"])
+    gather, grouped = 0, NEVER
+    for size in sizes:
+        if times["gather"][size] >= times["masked"][size]:
+            break
+        gather = size
+    for size in reversed(sizes):
+        if times["grouped"][size] >= times["masked"][size] or size <= gather:
+            break
+        grouped = size
+    return Thresholds(gather_tokens=gather, grouped_tokens=grouped)
+
+
+def tune(shape: Shape, folder: Path) -> dict:
+    """Measure on a random layer of ``shape``, bfloat16, and write ``folder/<device>.json``.
+
+    Raises ``ValueError`` without a GPU: on CPUs one way serves every number of tokens.
+    """
+    if not torch.cuda.is_available():
+        raise ValueError("tomoe tune needs a GPU; on CPUs one way serves every number of tokens")
+    from triton.testing import do_bench
+
+    times: dict[str, dict[int, float]] = {}
+    for size in NUM_TOKENS:
+        for name, way in _ways(shape, size).items():
+            times.setdefault(name, {})[size] = 1e-3 * do_bench(way, return_mode="median")
+        print(f"{size} tokens measured", file=sys.stderr)
+    thresholds = best(times)
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / f"{device_name()}.json"
+    file.write_text(json.dumps(asdict(thresholds)) + "\n")
+    return {"file": str(file), "seconds": times} | asdict(thresholds)
+
+
+def _ways(shape: Shape, num_tokens: int) -> dict[str, Callable[[], object]]:
+    """Each way of the op, by thresholds that leave no other."""
+    from tomoe_vllm.kernels.expert_mlp.triton.dispatch import expert_mlp_cuda
+
+    generator = torch.Generator(device="cuda").manual_seed(0)
+    hidden, neurons = shape.hidden_size, shape.intermediate_size
+
+    def random(*size: int) -> torch.Tensor:
+        return torch.randn(*size, generator=generator, device="cuda", dtype=torch.bfloat16) * hidden**-0.5
+
+    order = torch.rand(shape.num_experts, neurons, generator=generator, device="cuda").argsort(dim=1)
+    masks = torch.zeros(shape.num_experts, neurons, device="cuda", dtype=torch.bfloat16)
+    masks.scatter_(1, order[:, : shape.expert_width], 1.0)
+    ids = torch.randint(shape.num_experts, (num_tokens,), generator=generator, device="cuda")
+    x, up, down = random(num_tokens, hidden), random(2 * neurons, hidden), random(neurons, hidden)
+    arguments = (x, ids, up, None, down, masks, *neuron_lists(masks), "silu")
+    limits = {"gather": (NEVER, NEVER), "masked": (0, NEVER), "grouped": (0, 0)}
+    return {name: partial(expert_mlp_cuda, *arguments, *pair) for name, pair in limits.items()}

@@ -1,0 +1,113 @@
+"""Builds the C++ kernels (``kernels/**/op.cpp`` and their headers) into one library on first use, and loads it.
+
+They use PyTorch's stable ABI, so compiling takes about ten seconds and one build serves any torch of the
+supported range. The library lies in ``~/.cache/tomoe_vllm`` (or ``TOMOE_CACHE_ROOT``) under a name made of
+sources, flags, compiler and torch, so a stale one is never loaded. Where there is no compiler, one line says so and
+every op keeps its plain-torch form.
+"""
+
+import fcntl
+import hashlib
+import logging
+import os
+import shutil
+import subprocess
+import tempfile
+from functools import cache
+from pathlib import Path
+
+import torch
+
+logger = logging.getLogger(__name__)
+
+SOURCES = Path(__file__).parent
+FLAGS = ("-std=c++20", "-O3", "-fPIC", "-shared", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-w")
+ISA_FLAGS = {
+    "AVX512": ("-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mavx2", "-mfma"),
+    "AVX2": ("-mavx2", "-mfma"),
+}
+"""By what torch says of this CPU; elsewhere the compiler's portable vectors."""
+
+
+class BuildError(RuntimeError):
+    """The library could not be built; the message is one line."""
+
+
+def compiler() -> str | None:
+    """Path of the C++ compiler: ``CXX``, or g++ or c++ on the path; None if there is none."""
+    return shutil.which(os.environ.get("CXX") or "g++") or shutil.which("c++")
+
+
+def cache_folder() -> Path:
+    """Where the library is kept."""
+    root = os.environ.get("TOMOE_CACHE_ROOT") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "tomoe_vllm"
+    return Path(root).expanduser()
+
+
+def build(isa: str | None = None) -> Path:
+    """Path of the library for ``isa`` (default: this CPU's), compiled if it is not there yet.
+
+    Several processes may ask at once: one compiles, the others wait for it.
+
+    Raises :class:`BuildError` if there is no compiler or it fails.
+    """
+    cxx = compiler()
+    if cxx is None:
+        raise BuildError("no C++ compiler was found (install g++, or set CXX)")
+    flags = flags_of(isa)
+    sources = sorted(SOURCES.rglob("op.cpp"))
+    version = subprocess.run([cxx, "--version"], capture_output=True, text=True).stdout
+    key = hashlib.sha256(" ".join([version, torch.__version__, *flags]).encode())
+    for file in [*sorted(SOURCES.rglob("*.h")), *sources]:
+        key.update(file.read_bytes())
+    folder = cache_folder()
+    library = folder / f"kernels-{key.hexdigest()[:16]}.so"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / "build.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not library.exists():
+                compile_library(cxx, flags, sources, library)
+    except OSError as error:
+        raise BuildError(f"{folder} cannot be written ({error}); set TOMOE_CACHE_ROOT to a folder that can") from error
+    return library
+
+
+def flags_of(isa: str | None = None) -> list[str]:
+    """The compiler's flags for ``isa`` (default: this CPU's)."""
+    return [*FLAGS, *ISA_FLAGS.get(isa or torch.backends.cpu.get_cpu_capability(), ())]
+
+
+def compile_library(cxx: str, flags: list[str], sources: list[Path], library: Path) -> None:
+    """Compile ``sources`` into ``library``, which appears whole or not at all.
+
+    Raises :class:`BuildError` with the compiler's first complaint.
+    """
+    torch_folder = Path(torch.__file__).parent
+    # torch's own OpenMP runtime has the same name as the compiler's and is loaded already: both share its threads.
+    links = [f"-I{torch_folder / 'include'}", f"-L{torch_folder / 'lib'}", "-ltorch_cpu"]
+    with tempfile.TemporaryDirectory(dir=library.parent) as folder:
+        target = Path(folder) / library.name
+        command = [cxx, *flags, *map(str, sources), *links, "-o", str(target)]
+        result = subprocess.run(command, capture_output=True, text=True)
+        if result.returncode:
+            lines = [line for line in result.stderr.splitlines() if "error" in line] or [
+                f"exit code {result.returncode}"
+            ]
+            raise BuildError(f"{cxx} failed: {lines[0].strip()}")
+        target.replace(library)
+
+
+@cache
+def load() -> bool:
+    """Make the C++ versions of our ops those that run on CPU tensors. Whether it worked; warns once if not."""
+    import tomoe_vllm.kernels.expert_mlp
+    import tomoe_vllm.kernels.route
+    import tomoe_vllm.kernels.value_mask  # noqa: F401  (they define the ops that the library implements)
+
+    try:
+        torch.ops.load_library(build())
+    except (BuildError, OSError) as error:
+        logger.warning("ToMoE runs its CPU kernels in plain torch, slower: %s", error)
+        return False
+    return True

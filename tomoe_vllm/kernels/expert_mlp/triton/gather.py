@@ -1,0 +1,259 @@
+"""The expert MLP for one to three tokens: only the rows of the routed expert are read.
+
+A matrix-vector product is bound by memory, so it is multiplied and summed on the plain cores: no tile of a
+tensor core is padded. Two kernels and a small one:
+
+    gather_up      hidden[t, j] = act(gate row j . x) * (up row j . x),  j-th neuron of token t's expert
+    gather_down    partial[s, t] = sum over a slice s of the neurons of hidden[t, j] * down row j
+    gather_reduce  output[t] = sum over s of partial[s, t], in the order of s: deterministic, no atomics
+
+Rows are contiguous, so a gathered row streams as 16-byte asynchronous copies. In gather_up the row numbers
+are known before the loop; in gather_down each step needs new ones, and they are loaded one step ahead and
+carried as loaded, without a cast: an index loaded in the step that uses it costs the pipeline its depth, and
+a carried cast all overlap (tests/tomoe_vllm/kernels/test_triton_compile.py).
+Gives up: two tokens of one expert read it twice (the second time from L2).
+
+Shapes: T tokens, D hidden_size, F neurons, N experts, W = neuron_ids.shape[1], H = W rounded up.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from tomoe_vllm.kernels.expert_activation.triton import KERNEL_ACTIVATIONS, activate
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GatherConfig:
+    """Tile sizes. For LLaMA-2 7B at p = 0.5 the defaults give 344 and 256 programs with 32 and 24 KB in flight each.
+
+    Never timed on a GPU. Chosen so that the bytes in flight exceed bandwidth x latency several times (A100:
+    2 TB/s x 0.8 us = 1.6 MB) and that all programs of gather_up are resident at once: four on each of the 108
+    processors of an A100 by shared memory and registers; a fourth stage would leave 20 of them as a tail.
+    Re-run tests/tomoe_vllm/kernels/test_triton_compile.py and ``tomoe doctor`` after a change.
+    """
+
+    up_block_n: int = 16  # neurons of a program
+    up_block_k: int = 256  # of hidden_size, a step
+    up_stages: int = 3
+    up_warps: int = 4
+    down_block_n: int = 128  # of hidden_size, a program
+    down_block_k: int = 32  # neurons, a step
+    down_stages: int = 4
+    down_warps: int = 4
+    split_k: int = 8  # slices of an expert's neurons
+    reduce_block: int = 512
+
+
+@triton.jit
+def gather_up_kernel(
+    hidden_states_ptr,  # [T, D] float, rows hidden_states_stride apart
+    expert_ids_ptr,  # [T] int32 or int64
+    up_weight_ptr,  # [2F, D] gate rows first, or [F, D]; contiguous, dtype of hidden_states
+    up_bias_ptr,  # [2F] or [F], or None
+    neuron_ids_ptr,  # [N, W] int32, contiguous; row n is valid in its first widths[n] entries
+    widths_ptr,  # [N] int32
+    hidden_ptr,  # out [T, H], dtype of hidden_states; written to the end of the width's last tile
+    hidden_states_stride,
+    hidden_size,  # D
+    num_neurons,  # F
+    table_width,  # W
+    hidden_stride,  # H
+    ACTIVATION: tl.constexpr,
+    IS_GATED: tl.constexpr,
+    IS_EVEN: tl.constexpr,  # D is a multiple of BLOCK_K
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """Grid (T, ceil(W / BLOCK_N)): BLOCK_N neurons of one token; tiles past the expert's width end at once.
+
+    Tokens go fastest, so two of one expert meet in L2. Sums in float32, in one order.
+    """
+    token = tl.program_id(0).to(tl.int64)
+    expert = tl.load(expert_ids_ptr + token).to(tl.int64)
+    width = tl.load(widths_ptr + expert)
+    start = tl.program_id(1) * BLOCK_N
+    if start >= width:
+        return
+    columns = start + tl.arange(0, BLOCK_N)
+    rows = tl.load(neuron_ids_ptr + expert * table_width + columns, mask=columns < width, other=0).to(tl.int64)
+    dims = tl.arange(0, BLOCK_K)
+    x_ptr = hidden_states_ptr + token * hidden_states_stride + dims
+    gate_ptr = up_weight_ptr + rows.to(tl.int64)[:, None] * hidden_size + dims[None, :]
+    up_ptr = gate_ptr + num_neurons.to(tl.int64) * hidden_size
+    gate = tl.zeros((BLOCK_N, BLOCK_K), dtype=tl.float32)
+    up = tl.zeros((BLOCK_N, BLOCK_K), dtype=tl.float32)
+    for k in tl.range(0, hidden_size, BLOCK_K, num_stages=STAGES):
+        if IS_EVEN:
+            x = tl.load(x_ptr + k).to(tl.float32)
+            gate += tl.load(gate_ptr + k).to(tl.float32) * x[None, :]
+            if IS_GATED:
+                up += tl.load(up_ptr + k).to(tl.float32) * x[None, :]
+        else:
+            is_dim = dims < hidden_size - k
+            x = tl.load(x_ptr + k, mask=is_dim, other=0.0).to(tl.float32)
+            gate += tl.load(gate_ptr + k, mask=is_dim[None, :], other=0.0).to(tl.float32) * x[None, :]
+            if IS_GATED:
+                up += tl.load(up_ptr + k, mask=is_dim[None, :], other=0.0).to(tl.float32) * x[None, :]
+    hidden = tl.sum(gate, axis=1)
+    if up_bias_ptr is not None:
+        hidden += tl.load(up_bias_ptr + rows).to(tl.float32)
+    hidden = activate(hidden, ACTIVATION)
+    if IS_GATED:
+        factor = tl.sum(up, axis=1)
+        if up_bias_ptr is not None:
+            factor += tl.load(up_bias_ptr + num_neurons + rows).to(tl.float32)
+        hidden *= factor
+    hidden = tl.where(columns < width, hidden, 0.0)
+    tl.store(hidden_ptr + token * hidden_stride + columns, hidden.to(hidden_ptr.dtype.element_ty))
+
+
+@triton.jit
+def gather_down_kernel(
+    hidden_ptr,  # [T, H] float, of gather_up
+    expert_ids_ptr,  # [T] int32 or int64
+    down_weight_ptr,  # [F, D] contiguous, dtype of hidden
+    neuron_ids_ptr,  # [N, W] int32, contiguous
+    widths_ptr,  # [N] int32
+    partial_ptr,  # out [SPLIT_K, T, D] float32, contiguous: every element is written
+    hidden_stride,  # H
+    hidden_size,  # D
+    table_width,  # W
+    IS_EVEN: tl.constexpr,  # D is a multiple of BLOCK_N
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    SPLIT_K: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """Grid (T, ceil(D / BLOCK_N), SPLIT_K): BLOCK_N output dims of one token over one slice of its neurons."""
+    token = tl.program_id(0).to(tl.int64)
+    split = tl.program_id(2)
+    expert = tl.load(expert_ids_ptr + token).to(tl.int64)
+    width = tl.load(widths_ptr + expert)
+    slice_size = tl.cdiv(tl.cdiv(width, BLOCK_K), SPLIT_K) * BLOCK_K
+    start = split * slice_size
+    end = tl.minimum(start + slice_size, width)
+    dims = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    is_dim = dims < hidden_size
+    columns = tl.arange(0, BLOCK_K)
+    table_ptr = neuron_ids_ptr + expert * table_width + columns
+    values_ptr = hidden_ptr + token * hidden_stride + columns
+    weight_ptr = down_weight_ptr + dims[None, :]
+    acc = tl.zeros((BLOCK_K, BLOCK_N), dtype=tl.float32)
+    rows = tl.load(table_ptr + start, mask=columns < end - start, other=0)
+    values = tl.load(values_ptr + start, mask=columns < end - start, other=0.0)
+    for k in tl.range(start, end, BLOCK_K, num_stages=STAGES):
+        if IS_EVEN:
+            weight = tl.load(weight_ptr + rows.to(tl.int64)[:, None] * hidden_size)
+        else:
+            weight = tl.load(weight_ptr + rows.to(tl.int64)[:, None] * hidden_size, mask=is_dim[None, :], other=0.0)
+        acc += weight.to(tl.float32) * values.to(tl.float32)[:, None]
+        is_next = columns < end - k - BLOCK_K
+        rows = tl.load(table_ptr + k + BLOCK_K, mask=is_next, other=0)
+        values = tl.load(values_ptr + k + BLOCK_K, mask=is_next, other=0.0)
+    output_ptr = partial_ptr + (split * tl.num_programs(0) + token) * hidden_size + dims
+    tl.store(output_ptr, tl.sum(acc, axis=0), mask=is_dim)
+
+
+@triton.jit
+def gather_reduce_kernel(
+    partial_ptr,  # [SPLIT_K, T, D] float32, contiguous
+    output_ptr,  # out [T, D] float, contiguous
+    num_values,  # T * D
+    SPLIT_K: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Grid (ceil(T * D / BLOCK),)."""
+    positions = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    is_value = positions < num_values
+    acc = tl.zeros((BLOCK,), dtype=tl.float32)
+    for split in tl.static_range(SPLIT_K):
+        acc += tl.load(partial_ptr + split * num_values + positions, mask=is_value, other=0.0)
+    tl.store(output_ptr + positions, acc.to(output_ptr.dtype.element_ty), mask=is_value)
+
+
+def expert_mlp_gather(
+    hidden_states: Tensor,
+    expert_ids: Tensor,
+    up_weight: Tensor,
+    up_bias: Tensor | None,
+    down_weight: Tensor,
+    neuron_ids: Tensor,
+    widths: Tensor,
+    activation: str,
+    config: GatherConfig | None = None,
+) -> Tensor:
+    """The expert MLP of a few tokens, reading only their experts' rows. Captures into a CUDA graph.
+
+    ``hidden_states``: [T, D] float32, bfloat16 or float16, columns contiguous; ``expert_ids``: [T] int32 or
+    int64; ``up_weight``: [2F, D] gate rows first, or [F, D]; ``up_bias``: [2F] or [F], or None;
+    ``down_weight``: [F, D]; ``neuron_ids``: [N, W] int32, each expert's neurons, sorted; ``widths``: [N]
+    int32, how many entries of a row count. Weights contiguous, of the dtype of ``hidden_states``.
+    Returns [T, D], without W_down's bias. T is not checked: past three tokens other paths are faster.
+    """
+    config = config or GatherConfig()
+    num_tokens, hidden_size = hidden_states.shape
+    num_neurons, table_width = down_weight.shape[0], neuron_ids.shape[1]
+    assert hidden_states.stride(1) == 1
+    assert all(t.is_contiguous() for t in (up_weight, down_weight, neuron_ids, widths))
+    assert neuron_ids.dtype == widths.dtype == torch.int32
+    if num_tokens == 0:
+        return torch.empty_like(hidden_states)
+    num_tiles = triton.cdiv(table_width, config.up_block_n)
+    hidden = hidden_states.new_empty((num_tokens, num_tiles * config.up_block_n))
+    gather_up_kernel[(num_tokens, num_tiles)](
+        hidden_states,
+        expert_ids,
+        up_weight,
+        up_bias,
+        neuron_ids,
+        widths,
+        hidden,
+        hidden_states.stride(0),
+        hidden_size,
+        num_neurons,
+        table_width,
+        hidden.shape[1],
+        ACTIVATION=KERNEL_ACTIVATIONS[activation],
+        IS_GATED=up_weight.shape[0] != num_neurons,
+        IS_EVEN=hidden_size % config.up_block_k == 0,
+        BLOCK_N=config.up_block_n,
+        BLOCK_K=config.up_block_k,
+        STAGES=config.up_stages,
+        num_warps=config.up_warps,
+        enable_fp_fusion=True,
+    )
+    partial = hidden_states.new_empty((config.split_k, num_tokens, hidden_size), dtype=torch.float32)
+    gather_down_kernel[(num_tokens, triton.cdiv(hidden_size, config.down_block_n), config.split_k)](
+        hidden,
+        expert_ids,
+        down_weight,
+        neuron_ids,
+        widths,
+        partial,
+        hidden.shape[1],
+        hidden_size,
+        table_width,
+        IS_EVEN=hidden_size % config.down_block_n == 0,
+        BLOCK_N=config.down_block_n,
+        BLOCK_K=config.down_block_k,
+        SPLIT_K=config.split_k,
+        STAGES=config.down_stages,
+        num_warps=config.down_warps,
+        enable_fp_fusion=True,
+    )
+    output = hidden_states.new_empty((num_tokens, hidden_size))
+    gather_reduce_kernel[(triton.cdiv(output.numel(), config.reduce_block),)](
+        partial,
+        output,
+        output.numel(),
+        SPLIT_K=config.split_k,
+        BLOCK=config.reduce_block,
+        num_warps=4,
+        enable_fp_fusion=True,
+    )
+    return output

@@ -1,0 +1,1 @@
+"""Attention on pruned head dims: projections, rotary embedding, value mask and the layout of the KV cache."""

@@ -1,0 +1,213 @@
+"""The attention of ToMoE on vLLM's linears, rotary embedding and attention backends.
+
+Dims that no token uses are cut out of the weights once they are loaded: the rows of pruned Q/K dims and, where the
+value mask is the same for all tokens, those of V and the columns of the output projection. Heads are padded with
+zeros to the size that the KV cache takes (``kv_layout.py``); zeros add nothing to q.k, and the scale stays that of
+the whole head. A value mask that depends on the token multiplies the attention output (eq. 4 read literally), so
+it leaves the cache alone.
+
+Where cutting is not exact, nothing is cut and masks multiply instead: q and k behind a norm over the whole head
+(Qwen-3); quantized checkpoints, and LoRA, whose tensors have the whole head's size; rotary embeddings that are more
+than a look-up.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedConfig
+from vllm.config import CacheConfig, get_current_vllm_config
+from vllm.distributed import get_tensor_model_parallel_world_size
+from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.layers.linear import QKVParallelLinear, RowParallelLinear
+from vllm.model_executor.layers.quantization import QuantizationConfig
+from vllm.model_executor.layers.rotary_embedding import get_rope
+from vllm.platforms import current_platform
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+from tomoe_vllm.hf.configuration_tomoe import block_shape, family_of
+from tomoe_vllm.layers.attention.head_mask import ToMoEHeadGate
+from tomoe_vllm.layers.attention.kv_layout import (
+    CPU_HEAD_SIZES,
+    KV_LAYOUTS,
+    HeadWidths,
+    diffkv_widths,
+    kept_widths,
+    padded_widths,
+)
+from tomoe_vllm.layers.attention.pruned_linear import PrunedLinearMethod
+from tomoe_vllm.layers.attention.rotary import SelectedRotaryEmbedding, is_plain_rotary, rotation_order
+from tomoe_vllm.layers.norm import ToMoERMSNorm
+
+
+class ToMoEAttention(nn.Module):
+    """Self-attention of one layer.
+
+    Raises ``ValueError`` for a tensor parallel size that does not divide the heads, a head size that the platform's
+    attention backend does not take (vLLM's CPU backend would fail at the first request), or a ``kv_layout`` that is
+    unknown or cannot be.
+    """
+
+    def __init__(
+        self,
+        config: PreTrainedConfig,
+        layer_idx: int,
+        *,
+        qkv_bias: bool,
+        output_bias: bool,
+        has_qk_norm: bool,
+        cache_config: CacheConfig | None,
+        quant_config: QuantizationConfig | None,
+        prefix: str,
+    ) -> None:
+        super().__init__()
+        shape = block_shape(config)
+        self.head_dim, self.rotary_dim = shape.head_dim, shape.rotary_dim
+        tp_size = get_tensor_model_parallel_world_size()
+        _check_heads(shape.num_heads, shape.num_kv_heads, tp_size)
+        self.num_heads, self.num_kv_heads = shape.num_heads // tp_size, max(1, shape.num_kv_heads // tp_size)
+
+        self.head_gate = ToMoEHeadGate(config, layer_idx, f"{prefix}.head_gate")
+        self.qkv_proj = QKVParallelLinear(
+            shape.hidden_size,
+            shape.head_dim,
+            shape.num_heads,
+            shape.num_kv_heads,
+            bias=qkv_bias,
+            quant_config=quant_config,
+            prefix=f"{prefix}.qkv_proj",
+        )
+        # The output projection keeps its family's name (o_proj, or dense in Phi): LoRA adapters and
+        # quantization configs name modules as Hugging Face does.
+        self.output_name = family_of(config).attention_out.rpartition(".")[2]
+        output = RowParallelLinear(
+            shape.num_heads * shape.head_dim,
+            shape.hidden_size,
+            bias=output_bias,
+            quant_config=quant_config,
+            prefix=f"{prefix}.{self.output_name}",
+        )
+        self.add_module(self.output_name, output)
+        self.has_qk_norm = has_qk_norm
+        if has_qk_norm:
+            self.q_norm = ToMoERMSNorm(shape.head_dim, eps=config.rms_norm_eps)
+            self.k_norm = ToMoERMSNorm(shape.head_dim, eps=config.rms_norm_eps)
+        self.rotary_emb = get_rope(
+            shape.head_dim, max_position=config.max_position_embeddings, rope_parameters=config.rope_parameters
+        )
+
+        has_lora = get_current_vllm_config().lora_config is not None
+        is_cut = quant_config is None and not has_lora and is_plain_rotary(self.rotary_emb)
+        whole = HeadWidths(query_key=shape.head_dim, value=shape.head_dim)
+        self.kept = kept_widths(config, layer_idx) if is_cut else whole
+        if self.kept != whole:
+            self.qkv_proj.quant_method = PrunedLinearMethod(self._kept_rows)
+            self.rotary_emb = SelectedRotaryEmbedding(self.rotary_emb, self.kept.query_key)
+        if self.kept.value < shape.head_dim:
+            output.quant_method = PrunedLinearMethod(self._kept_columns, is_column=True)
+
+        self.cached, backend = choose_cache(config, is_cut)
+        self.attn = Attention(
+            self.num_heads,
+            self.cached.query_key,
+            scale=shape.head_dim**-0.5,
+            num_kv_heads=self.num_kv_heads,
+            cache_config=cache_config,
+            quant_config=quant_config,
+            prefix=f"{prefix}.attn",
+            attn_backend=backend,
+            head_size_v=self.cached.value,
+        )
+        backend = self.attn.attn_backend
+        if not backend.supports_head_size(self.cached.query_key):
+            raise ValueError(
+                f"head_dim is {shape.head_dim}; vLLM's {backend.get_name()} attention backend takes "
+                f"{', '.join(map(str, backend.get_supported_head_sizes()))}. Serve this model on another platform"
+            )
+
+    def forward(self, positions: Tensor, hidden_states: Tensor) -> Tensor:
+        """``positions``: [T]; [T, D] -> [T, D]."""
+        qkv, _ = self.qkv_proj(hidden_states)
+        query_key, value = self.kept.query_key, self.kept.value
+        sizes = [self.num_heads * query_key, self.num_kv_heads * query_key, self.num_kv_heads * value]
+        q, k, v = qkv.split(sizes, dim=-1)
+        if self.has_qk_norm:
+            q = self.q_norm(q.unflatten(-1, (-1, self.head_dim))).flatten(-2)
+            k = self.k_norm(k.unflatten(-1, (-1, self.head_dim))).flatten(-2)
+        if query_key == self.head_dim:  # nothing was cut
+            q, k = self.head_gate.mask_query_key(q), self.head_gate.mask_query_key(k)
+        q, k = self.rotary_emb(positions, q, k)
+        q, k = (_resize_heads(heads, query_key, self.cached.query_key) for heads in (q, k))
+        attention = self.attn(q, k, _resize_heads(v, value, self.cached.value))
+        attention = _resize_heads(attention, self.cached.value, value)
+        if value == self.head_dim:
+            attention = self.head_gate.mask_value(attention, hidden_states)
+        output, _ = getattr(self, self.output_name)(attention)
+        return output
+
+    def _kept_rows(self) -> Tensor:
+        """Rows of this rank's qkv_proj that stay, in the order of the rotary embedding, which is told.
+
+        Behind a norm heads are whole and rotated whole, and then that order is their own.
+        """
+        gate = self.head_gate
+        every = torch.ones_like(gate.query_key_dims)
+        query_key_dims = gate.query_key_dims if self.kept.query_key < self.head_dim else every
+        query_key = rotation_order(query_key_dims, self.rotary_dim)
+        self.rotary_emb.select(query_key)
+        value = (gate.value_dims if self.kept.value < self.head_dim else every).nonzero().flatten()
+        num_before = self.num_heads + self.num_kv_heads
+        return torch.cat(
+            [
+                self._of_all_heads(query_key, num_before),
+                num_before * self.head_dim + self._of_all_heads(value, self.num_kv_heads),
+            ]
+        )
+
+    def _kept_columns(self) -> Tensor:
+        """Columns of this rank's output projection that stay."""
+        return self._of_all_heads(self.head_gate.value_dims.nonzero().flatten(), self.num_heads)
+
+    def _of_all_heads(self, dims: Tensor, num_heads: int) -> Tensor:
+        starts = torch.arange(num_heads, device=dims.device) * self.head_dim
+        return (starts[:, None] + dims).flatten()
+
+
+def choose_cache(config: PreTrainedConfig, is_cut: bool) -> tuple[HeadWidths, type | None]:
+    """Head sizes of the KV cache, the same in all layers, and the attention backend they need (None: vLLM's choice).
+
+    ``is_cut``: whether the layers cut what they prune. Raises ``ValueError`` for an unknown ``kv_layout`` of the
+    config, or ``diffkv`` where it cannot be.
+    """
+    layout = getattr(config, "kv_layout", "auto")
+    if layout not in KV_LAYOUTS:
+        raise ValueError(f"kv_layout is {layout!r}; it must be one of {', '.join(KV_LAYOUTS)}")
+    if layout != "diffkv":
+        has_fixed_sizes = is_cut and current_platform.is_cpu()
+        return padded_widths(config, CPU_HEAD_SIZES if has_fixed_sizes else ()), None
+    if not current_platform.is_cuda():
+        raise ValueError("kv_layout is 'diffkv', which needs an NVIDIA GPU; use 'auto' or 'padded'")
+    if not is_cut:
+        raise ValueError(
+            "kv_layout is 'diffkv', but quantized checkpoints, LoRA and this rotary embedding keep whole heads; "
+            "use 'auto' or 'padded'"
+        )
+    backend = AttentionBackendEnum.TRITON_ATTN_DIFFKV.get_class()
+    widths = diffkv_widths(config)
+    backend.set_head_size_v(widths.value)
+    return widths, backend
+
+
+def _resize_heads(heads: Tensor, width: int, size: int) -> Tensor:
+    """Each head with zeros up to ``size``, or without what is beyond: [T, H * width] -> [T, H * size]."""
+    if width == size:
+        return heads
+    split = heads.unflatten(-1, (-1, width))
+    return (F.pad(split, (0, size - width)) if width < size else split[..., :size]).flatten(-2)
+
+
+def _check_heads(num_heads: int, num_kv_heads: int, tp_size: int) -> None:
+    if num_heads % tp_size or (num_kv_heads % tp_size and tp_size % num_kv_heads):
+        raise ValueError(
+            f"tensor parallel size {tp_size} does not fit {num_heads} attention heads and {num_kv_heads} key/value "
+            "heads; it must divide the first, and divide the second or be a multiple of it"
+        )

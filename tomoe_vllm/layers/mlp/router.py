@@ -1,0 +1,109 @@
+"""Which expert each token takes, and which neurons each expert keeps."""
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig
+from vllm.config import get_current_vllm_config
+from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
+from vllm.model_executor.utils import set_weight_attrs
+
+from tomoe_vllm.hf.tomoe_math import pack_signature, unpack_signature
+from tomoe_vllm.kernels.expert_mlp.weight_layout import neuron_lists
+from tomoe_vllm.kernels.route import route
+
+STATISTICS_SETTING = "tomoe_expert_statistics"
+"""Key of vLLM's ``additional_config``: gates keep what they chose, for ``observability/expert_statistics.py``."""
+
+
+def make_record(num_experts: int) -> Tensor | None:
+    """A gate's buffer for the experts of one step: [most tokens of a step] uint8, or None where nobody asked.
+
+    Raises ``ValueError`` for more experts than a byte can name beside "none".
+    """
+    config = get_current_vllm_config()
+    if not isinstance(config.additional_config, dict) or not config.additional_config.get(STATISTICS_SETTING):
+        return None
+    if num_experts > 255:
+        raise ValueError(f"expert statistics count up to 255 experts, and the model has {num_experts}; leave them off")
+    graph_tokens = config.compilation_config.max_cudagraph_capture_size or 0
+    return torch.zeros(max(config.scheduler_config.max_num_batched_tokens, graph_tokens), dtype=torch.uint8)
+
+
+class ToMoEExpertGate(nn.Module):
+    """Routes tokens and holds the expert masks. The router is replicated, the neurons are sharded like gate_up.
+
+    ``signature``: [F / tp, ceil(N / 8)] uint8, the checkpoint's bits; ``expert_masks``: [N, F / tp] in the
+    model's dtype and ``neuron_ids``, ``widths`` (:func:`neuron_lists`), the same as the kernels read it. Until a
+    checkpoint is loaded (vLLM's ``--load-format dummy`` leaves integers alone) experts keep neurons of the right
+    number, all the same ones. ``is_sharded=False``: every rank holds all neurons.
+    ``record``: [most tokens of a step] uint8, the experts of the last step's tokens, or None where nobody asked for
+    them (:mod:`tomoe_vllm.observability.expert_statistics`).
+    """
+
+    expert_masks: Tensor
+    neuron_ids: Tensor
+    widths: Tensor
+    record: Tensor | None
+
+    def __init__(self, config: PreTrainedConfig, layer_idx: int, prefix: str, *, is_sharded: bool = True) -> None:
+        super().__init__()
+        self.prefix = prefix
+        self.num_experts = config.num_experts
+        self.num_neurons = config.intermediate_size
+        self.width = config.expert_intermediate_sizes[layer_idx]
+        tp_size = get_tensor_model_parallel_world_size()
+        if self.num_neurons % tp_size:
+            raise ValueError(
+                f"tensor parallel size {tp_size} does not divide intermediate_size {self.num_neurons}; "
+                "choose one that does"
+            )
+        num_local = self.num_neurons // tp_size if is_sharded else self.num_neurons
+        self.start = get_tensor_model_parallel_rank() * num_local if is_sharded else 0
+        self.router = nn.Linear(config.hidden_size, self.num_experts, bias=False, dtype=torch.float32)
+        masks = _spread(self.width, self.num_neurons).narrow(0, self.start, num_local).expand(self.num_experts, -1)
+        signature = pack_signature(masks)
+        self.signature = nn.Parameter(signature, requires_grad=False)
+        set_weight_attrs(self.signature, {"weight_loader": self._load_signature})
+        self.register_buffer("expert_masks", masks.to(torch.get_default_dtype()), persistent=False)
+        for name, lists in zip(("neuron_ids", "widths"), neuron_lists(self.expert_masks), strict=True):
+            self.register_buffer(name, lists, persistent=False)
+        self.register_buffer("record", make_record(self.num_experts), persistent=False)
+
+    def _load_signature(self, parameter: nn.Parameter, loaded: Tensor) -> None:
+        shape = (self.num_neurons, parameter.shape[1])
+        if loaded.shape != shape or loaded.dtype != torch.uint8:
+            raise ValueError(
+                f"{self.prefix}.signature is {loaded.dtype} {list(loaded.shape)}; it must be uint8 {list(shape)}"
+            )
+        masks = unpack_signature(loaded, self.num_experts)
+        widths = masks.sum(dim=1).tolist()
+        if any(width != self.width for width in widths):
+            raise ValueError(
+                f"{self.prefix}.signature gives experts of {widths} neurons; config.json says {self.width}. "
+                "Export the checkpoint again"
+            )
+        num_local = parameter.shape[0]
+        parameter.data.copy_(loaded.narrow(0, self.start, num_local))
+        self.expert_masks.copy_(masks.narrow(1, self.start, num_local))
+        self.neuron_ids, self.widths = neuron_lists(self.expert_masks)
+
+    def reorder(self, order: Tensor) -> None:
+        """Put the neurons into another order, as somebody does with their weights. ``order``: [F / tp] int64."""
+        self.signature.data.copy_(self.signature[order])
+        self.expert_masks.copy_(self.expert_masks[:, order])
+        self.neuron_ids, self.widths = neuron_lists(self.expert_masks)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """Expert of each token: [T, D] -> [T] int64."""
+        return route(hidden_states, self.router.weight, self.record)
+
+    def keep(self, router_logits: Tensor) -> None:
+        """Record the experts where somebody else routes by these logits, [T, N]."""
+        if self.record is not None:
+            self.record.narrow(0, 0, router_logits.shape[0]).copy_(router_logits.argmax(dim=-1))
+
+
+def _spread(width: int, num_neurons: int) -> Tensor:
+    """[F] bool with ``width`` ones at equal distances, so that tensor-parallel ranks have equal shares."""
+    steps = torch.arange(num_neurons + 1) * width // num_neurons
+    return steps[1:] > steps[:-1]

@@ -1,0 +1,72 @@
+"""The MLP of ToMoE on weights of our own: one row per neuron, of which a token reads its expert's.
+
+The checkpoint's tensors are copied row by row into place, W_down transposed, as they are read: no second copy. What
+it gives up: quantization and LoRA, which know vLLM's linears only.
+"""
+
+from torch import Tensor, nn
+from transformers import PreTrainedConfig
+from vllm.distributed import get_tensor_model_parallel_world_size, tensor_model_parallel_all_reduce
+from vllm.platforms import current_platform
+
+from tomoe_vllm.hf.configuration_tomoe import block_shape
+from tomoe_vllm.kernels.expert_mlp import ExpertWeights, expert_mlp, path_of
+from tomoe_vllm.kernels.expert_mlp.triton.thresholds import load_thresholds
+from tomoe_vllm.kernels.expert_mlp.weight_layout import neuron_order
+from tomoe_vllm.layers.mlp.neuron_rows import NeuronRows
+from tomoe_vllm.layers.mlp.router import ToMoEExpertGate
+
+
+class ToMoESharedMLP(nn.Module):
+    """The modules are named as in the masked layout (``gate_up_proj`` and ``down_proj``, or ``fc1`` and ``fc2``).
+
+    Raises ``ValueError`` for an unsupported activation or a tensor parallel size that does not divide the neurons.
+    """
+
+    def __init__(self, config: PreTrainedConfig, layer_idx: int, *, has_bias: bool, prefix: str) -> None:
+        super().__init__()
+        self.activation = config.hidden_act
+        self.has_bias = has_bias
+        self.is_gated = block_shape(config).num_mlp_matrices == 3
+        self.tp_size = get_tensor_model_parallel_world_size()
+        self.expert_gate = ToMoEExpertGate(config, layer_idx, f"{prefix}.expert_gate")
+        sizes = config.hidden_size, config.intermediate_size
+        first, second = ("gate_up_proj", "down_proj") if self.is_gated else ("fc1", "fc2")
+        self.add_module(first, NeuronRows(*sizes, num_parts=1 + self.is_gated, has_bias=has_bias))
+        self.add_module(second, NeuronRows(*sizes, has_bias=has_bias, is_transposed=True))
+        self.weights = self._weights()
+
+    def step_path(self, num_tokens: int) -> str:
+        """The way a step of ``num_tokens`` takes through the weights: ``shared_`` and the op's name for it."""
+        return f"shared_{path_of(num_tokens, self.weights.thresholds, self.expert_gate.widths.device.type)}"
+
+    @property
+    def projections(self) -> tuple[NeuronRows, NeuronRows]:
+        """W_gate and W_up, and W_down."""
+        return (self.gate_up_proj, self.down_proj) if self.is_gated else (self.fc1, self.fc2)
+
+    def _weights(self) -> ExpertWeights:
+        """What the op takes; to be made again when a tensor of it is another one."""
+        (up, down), gate = self.projections, self.expert_gate
+        # The parameters' memory, not the parameters: it is not freed before what points into it.
+        up_bias = None if up.bias is None else up.bias.data
+        lists = gate.expert_masks, gate.neuron_ids, gate.widths
+        return ExpertWeights(up.weight.data, up_bias, down.weight.data, *lists, self.activation, load_thresholds())
+
+    def finish_loading(self) -> None:
+        """Once the checkpoint is read: bring each expert's neurons together, which the CPU's kernels read faster.
+
+        Not on a GPU: there experts share tiles in L2 in any order, and nothing was measured.
+        """
+        if current_platform.is_cpu():
+            order = neuron_order(self.expert_gate.expert_masks)
+            for rows in (self.expert_gate, *self.projections):
+                rows.reorder(order)
+        self.weights = self._weights()
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """[T, D] -> [T, D]."""
+        output = expert_mlp(hidden_states, self.expert_gate(hidden_states), self.weights)
+        if self.tp_size > 1:
+            output = tensor_model_parallel_all_reduce(output)
+        return output + self.projections[1].bias if self.has_bias else output

@@ -1,0 +1,110 @@
+"""What vLLM's workers answer about their experts.
+
+``--worker-extension-cls tomoe_vllm.observability.worker_extension.ExpertExtension`` puts it in: vLLM adds this class
+to its worker's bases, so its methods can be called by ``collective_rpc``. They start, and read, an observer around the
+model runner's ``execute_model``: the one place that every real step passes, with CUDA graphs too, and that warm-up
+does not. A worker
+counts nothing before :meth:`ExpertExtension.tomoe_start_experts`.
+
+Every answer is made of plain lists, numbers and bytes, as vLLM's messages want them.
+"""
+
+from typing import Any
+
+from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
+
+from tomoe_vllm.observability.expert_statistics import ExpertRecorder
+from tomoe_vllm.observability.expert_traces import ExpertTraces
+
+
+class ExpertObserver:
+    """Counts the steps of one model runner (vLLM's first or second).
+
+    Raises ``ValueError`` for a model that cannot be counted, saying why.
+    """
+
+    def __init__(self, runner: Any, vllm_config: Any) -> None:
+        if getattr(vllm_config.parallel_config, "use_ubatching", False):
+            raise ValueError("expert statistics do not know steps cut into micro-batches; leave --enable-dbo off")
+        self.recorder = ExpertRecorder(runner.get_model())
+        parallel = vllm_config.parallel_config
+        is_split = getattr(parallel, "prefill_context_parallel_size", 1) > 1
+        # A rejected draft moves all later positions, and with context parallelism a rank has some rows only.
+        can_trace = vllm_config.speculative_config is None and not is_split
+        self.traces = ExpertTraces(num_layers=len(self.recorder.records)) if can_trace else None
+        self._runner = runner
+        self._execute = runner.execute_model
+        runner.execute_model = self.execute_model
+
+    def execute_model(self, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
+        """The runner's own, then the count of what it has launched."""
+        output = self._execute(scheduler_output, *args, **kwargs)
+        num_tokens = scheduler_output.total_num_scheduled_tokens
+        is_dummy = bool(args[1:2] and args[1]) or bool(kwargs.get("dummy_run"))  # the second runner's warm-up
+        if not is_dummy:
+            self._count(scheduler_output, num_tokens)
+        return output
+
+    def _count(self, scheduler_output: Any, num_tokens: int) -> None:
+        state = self._runner.execute_model_state
+        batch = getattr(state, "input_batch", None) or self._runner.input_batch
+        request_ids = batch.req_ids if num_tokens else []
+        step = self.traces.begin_step(scheduler_output, request_ids) if self.traces is not None else None
+        if num_tokens:
+            num_padded = getattr(batch, "num_tokens_after_padding", None)
+            if num_padded is None:
+                hidden_states = getattr(state, "hidden_states", None)
+                num_padded = num_tokens if hidden_states is None else hidden_states.shape[0]
+            self.recorder.read_step(num_tokens, num_padded, None if step is None else step.keep)
+
+
+class ExpertExtension:
+    """Methods of a vLLM worker, for ``collective_rpc``."""
+
+    def tomoe_start_experts(self) -> str | None:
+        """Start counting; again, it changes nothing. Returns None, or why this server cannot count."""
+        if getattr(self, "_tomoe_observer", None) is None:
+            try:
+                self._tomoe_observer = ExpertObserver(self.model_runner, self.vllm_config)  # type: ignore[attr-defined]
+            except ValueError as error:
+                return str(error)
+        return None
+
+    def tomoe_expert_counts(self) -> dict[str, Any]:
+        """This worker's counts since the start (``ExpertCounts``) and where it stands among the others."""
+        recorder = self._tomoe_observer.recorder
+        recorder.settle()
+        counts = recorder.counts
+        return self._tomoe_place() | {
+            "num_neurons": counts.signatures.shape[1],
+            "num_steps": counts.num_steps,
+            "num_tokens": counts.num_tokens,
+            "tokens": counts.tokens.tolist(),
+            "union_neurons": counts.union_neurons.tolist(),
+            "step_paths": dict(counts.step_paths),
+        }
+
+    def tomoe_expert_trace(self, trace_id: str, start: int) -> dict[str, Any] | None:
+        """The experts of a traced request from position ``start`` on: [tokens, L] uint8 as bytes; None: unknown id."""
+        observer = self._tomoe_observer
+        observer.recorder.settle()
+        trace = observer.traces.get(trace_id) if observer.traces is not None else None
+        if trace is None:
+            return None
+        return self._tomoe_place() | {
+            "num_prompt_tokens": trace.num_prompt_tokens,
+            "num_cached_tokens": trace.num_cached_tokens,
+            "num_tokens": trace.num_tokens,
+            "is_finished": trace.is_finished,
+            "experts": trace.experts[start : trace.num_tokens].tobytes(),
+        }
+
+    def _tomoe_place(self) -> dict[str, Any]:
+        recorder = self._tomoe_observer.recorder
+        return {
+            "first_layer": recorder.first_layer,
+            "num_layers": len(recorder.records),
+            "num_experts": recorder.num_experts,
+            "tensor_parallel_rank": get_tensor_model_parallel_rank(),
+            "tensor_parallel_size": get_tensor_model_parallel_world_size(),
+        }

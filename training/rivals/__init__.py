@@ -1,5 +1,0 @@
-"""The rivals of ToMoE, one file each, on the same frozen model, data, tokens and active-parameter budget.
-
-A rival is a function from a :class:`~training.rivals.protocol.Contest` to the gates it would put on the
-model. ``tomoe eval compare`` (training/compare.py) runs them all; docs/compare.md describes them.
-"""

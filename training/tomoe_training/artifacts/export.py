@@ -1,0 +1,179 @@
+"""Adapter + base model -> checkpoint: the dense tensors untouched, and the ToMoE tensors beside them.
+
+Dense shards are hard-linked (copied across file systems), so export needs no more memory than one layer.
+What the hardware should not load is pruned when a server loads, not on disk.
+"""
+
+import json
+import shutil
+from importlib.resources import files
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig
+
+from tomoe_training.artifacts.adapter import Adapter, LayerAdapter
+from tomoe_training.artifacts.files import (
+    INDEX_NAME,
+    fingerprint,
+    link_or_copy,
+    stored_tensors,
+    whole_folder,
+    write_tensors,
+)
+from tomoe_training.artifacts.model_card import model_card
+from tomoe_training.artifacts.provenance import provenance
+from tomoe_training.budget import Widths, choose_units, expert_masks, solve_widths
+from tomoe_vllm.hf.configuration_tomoe import CONFIG_CLASSES, base_model_type, block_shape
+from tomoe_vllm.hf.tomoe_math import BlockShape, head_units, pack_signature, top_mask
+
+TOMOE_SHARD = "model-tomoe.safetensors"
+SHIPPED_CODE = ("configuration_tomoe.py", "tomoe_math.py", "modeling_tomoe.py")
+COPIED = ("generation_config.json", "chat_template.jinja", "chat_template.json", "LICENSE*", "NOTICE*", "*.model")
+COPIED_TOKENIZER = ("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json")
+
+
+def load_base_config(base: Path):
+    """Config of a dense model folder. Raises ``ValueError`` for an unsupported family, naming the supported."""
+    if not (base / "config.json").is_file():
+        raise FileNotFoundError(f"{base} is not a model folder: it has no config.json")
+    try:
+        raw = json.loads((base / "config.json").read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{base / 'config.json'} is damaged: {error}") from error
+    model_type = str(raw.get("model_type", "")) if isinstance(raw, dict) else ""
+    if model_type.startswith("tomoe_"):
+        raise ValueError(f"{base} is already a ToMoE checkpoint; give the dense model as --base")
+    # Before AutoConfig, whose own error for a type it does not know says nothing of ours.
+    base_model_type(SimpleNamespace(model_type=model_type))
+    config = AutoConfig.from_pretrained(base)
+    base_model_type(config)
+    return config
+
+
+def check_base(adapter: Adapter, base: Path) -> None:
+    """Raise ``ValueError`` unless ``base`` holds the very tensors the adapter was trained on."""
+    expected = adapter.config.base_model_hash
+    actual = fingerprint(base)
+    if actual != expected:
+        raise ValueError(
+            f"the adapter was trained on {adapter.config.base_model_name} ({expected[:19]}...), but {base} has "
+            f"{actual[:19]}...: it is another model, or a damaged copy"
+        )
+
+
+def plan_widths(
+    adapter: Adapter, shape: BlockShape, active_ratio: float | None, width_multiple: int, head_dim_multiple: int
+) -> Widths:
+    """Widths of the exported model for the adapter's budget, or for another one."""
+    p = adapter.config.active_ratio if active_ratio is None else active_ratio
+    if not 0 < p <= 1:
+        raise ValueError(f"active_ratio is {p}; it must be in (0, 1]")
+    for name, multiple in (("width_multiple", width_multiple), ("head_dim_multiple", head_dim_multiple)):
+        if multiple < 1:
+            raise ValueError(f"{name} is {multiple}; it must be at least 1")
+    return solve_widths(
+        [layer.logits for layer in adapter.layers],
+        shape,
+        p,
+        width_multiple=width_multiple,
+        head_dim_multiple=head_dim_multiple,
+    )
+
+
+def tomoe_tensors(layer: LayerAdapter, i: int, widths: Widths, shape: BlockShape) -> dict[str, Tensor]:
+    """Checkpoint tensors of layer ``i``, under the names of the reference model."""
+    head, expert = f"model.layers.{i}.self_attn.head_gate", f"model.layers.{i}.mlp.expert_gate"
+    units = choose_units(layer.logits.query_key, widths.qk_dims[i], shape)
+    tensors = {
+        f"{head}.query_key_dims": units[head_units(shape.head_dim, shape.rotary_dim)].to(torch.uint8),
+        f"{expert}.router.weight": layer.router,
+        f"{expert}.signature": pack_signature(expert_masks(layer.logits.experts, widths.experts[i])),
+    }
+    if layer.value_down is not None:
+        tensors |= {
+            f"{head}.value_down.weight": layer.value_down,
+            f"{head}.value_down.bias": layer.value_bias,
+            f"{head}.value_norm.weight": layer.value_norm_weight,
+            f"{head}.value_norm.bias": layer.value_norm_bias,
+            f"{head}.value_up.weight": layer.value_up,
+        }
+    elif layer.logits.value is not None:
+        tensors[f"{head}.value_dims"] = top_mask(layer.logits.value, widths.vo_dims[i]).to(torch.uint8)
+    return {name: tensor.contiguous() for name, tensor in tensors.items()}
+
+
+def export_checkpoint(
+    base: Path,
+    adapter_folder: Path,
+    out: Path,
+    *,
+    active_ratio: float | None = None,
+    width_multiple: int = 32,
+    head_dim_multiple: int = 8,
+) -> Widths:
+    """Write a servable checkpoint; ``out`` appears whole or not at all. Returns its widths.
+
+    Raises ``ValueError`` for a base the adapter was not trained on, damaged files or an impossible budget.
+    """
+    config = load_base_config(base)
+    adapter = Adapter.load(adapter_folder)
+    shape = block_shape(config)
+    check_base(adapter, base)
+    widths = plan_widths(adapter, shape, active_ratio, width_multiple, head_dim_multiple)
+    dense = stored_tensors(base)
+    with whole_folder(out) as folder:
+        weight_map = {name: _dense_name(tensor.file) for name, tensor in dense.items()}
+        for file in sorted({tensor.file for tensor in dense.values()}):
+            link_or_copy(file, folder / _dense_name(file))
+        tensors: dict[str, Tensor] = {}
+        for i, layer in enumerate(adapter.layers):
+            tensors |= tomoe_tensors(layer, i, widths, shape)
+        write_tensors(tensors, folder / TOMOE_SHARD)
+        weight_map |= dict.fromkeys(tensors, TOMOE_SHARD)
+        num_bytes = sum(t.end - t.start for t in dense.values()) + sum(t.nbytes for t in tensors.values())
+        index = {"metadata": {"total_size": num_bytes}, "weight_map": dict(sorted(weight_map.items()))}
+        (folder / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n")
+        _write_config(config, adapter, widths, active_ratio, folder)
+        for pattern in (*COPIED, *COPIED_TOKENIZER):
+            for file in base.glob(pattern):
+                shutil.copyfile(file, folder / file.name)
+        for name in SHIPPED_CODE:
+            (folder / name).write_text(files("tomoe_vllm.hf").joinpath(name).read_text())
+        details = provenance() | {"training": adapter.config.training}
+        (folder / "tomoe_provenance.json").write_text(json.dumps(details, indent=2) + "\n")
+        (folder / "README.md").write_text(model_card(adapter.config, widths, shape))
+    return widths
+
+
+def _dense_name(file: Path) -> str:
+    """Name of a dense file in the checkpoint: transformers reads model.safetensors alone, past any index."""
+    return "model-dense.safetensors" if file.name == "model.safetensors" else file.name
+
+
+def _write_config(config, adapter: Adapter, widths: Widths, active_ratio: float | None, folder: Path) -> None:
+    name = base_model_type(config)
+    config_class = CONFIG_CLASSES[name]
+    fields = config.to_dict()
+    for key in ("model_type", "architectures", "auto_map", "transformers_version"):
+        fields.pop(key, None)
+    model_class = config_class.__name__.replace("Config", "ForCausalLM")
+    tomoe = config_class(
+        **fields,
+        num_experts=adapter.config.num_experts,
+        expert_intermediate_sizes=widths.experts,
+        qk_head_dims=widths.qk_dims,
+        vo_head_dims=widths.vo_dims,
+        vo_mode=adapter.config.vo_mode,
+        active_ratio=adapter.config.active_ratio if active_ratio is None else active_ratio,
+        value_router_dim=adapter.config.value_router_dim,
+        base_model_hash=adapter.config.base_model_hash,
+        architectures=[model_class],
+        auto_map={
+            "AutoConfig": f"configuration_tomoe.{config_class.__name__}",
+            "AutoModelForCausalLM": f"modeling_tomoe.{model_class}",
+        },
+    )
+    tomoe.save_pretrained(folder)

@@ -1,0 +1,1 @@
+"""Perplexity, downstream tasks, and the comparison with other methods."""

@@ -1,0 +1,195 @@
+"""``tomoe eval compare``: ToMoE and its rivals on one model, text and budget, in one table.
+
+Every method becomes gates on the same frozen float32 model (training/rivals), and is measured by the
+protocol of evaluate.py. Budgets are checked, not trusted: a method over p is an error of ours. What
+cannot work within p (an MLP-only method where attention alone uses more) gets a row that says so.
+"""
+
+import contextlib
+import dataclasses
+import difflib
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from transformers import AutoTokenizer
+
+from tomoe_training.artifacts.adapter import Adapter
+from tomoe_training.artifacts.export import check_base, load_base_config
+from tomoe_training.artifacts.files import write_json_whole
+from tomoe_training.artifacts.provenance import provenance
+from tomoe_training.config import RunConfig, load_run_config
+from tomoe_training.data import InterleavedBlocks, load_documents, pack
+from tomoe_training.evaluation.baselines.cmoe import cmoe
+from tomoe_training.evaluation.baselines.magnitude import magnitude, magnitude_mlp
+from tomoe_training.evaluation.baselines.random_experts import random_experts
+from tomoe_training.evaluation.baselines.setup import Contest, MethodGates
+from tomoe_training.evaluation.baselines.static_mask import static_mask
+from tomoe_training.evaluation.baselines.trained_adapter import tomoe
+from tomoe_training.evaluation.baselines.wanda import wanda, wanda_mlp
+from tomoe_training.evaluation.baselines.widths import OutOfBudgetError
+from tomoe_training.evaluation.perplexity import (
+    load_model,
+    negative_log_likelihoods,
+    perplexity_from,
+    read_text,
+    text_blocks,
+)
+from tomoe_training.tables import print_table
+
+METHODS: dict[str, Callable[[Contest], MethodGates]] = {
+    "tomoe": tomoe,
+    "magnitude": magnitude,
+    "magnitude_mlp": magnitude_mlp,
+    "wanda": wanda,
+    "wanda_mlp": wanda_mlp,
+    "static_mask": static_mask,
+    "random_experts": random_experts,
+    "cmoe": cmoe,
+}
+"""All methods, in the table's order."""
+
+
+def comparison_config(
+    file: Path | None, adapter: Path | None, flags: dict[str, Any], assignments: list[str]
+) -> RunConfig:
+    """Settings of the run that every trained method makes: the YAML file's, or else those ToMoE was trained with.
+
+    Flags and ``key=value`` assignments go over them, so the tokens are the adapter's unless said otherwise.
+    """
+    settings: dict[str, Any] = {}
+    if adapter is not None and file is None:
+        trained = Adapter.load(adapter).config
+        known = {field.name for field in dataclasses.fields(RunConfig)}
+        settings = {k: v for k, v in trained.training.get("config", {}).items() if k in known}
+        for name in ("active_ratio", "num_experts", "vo_mode", "value_router_dim"):
+            settings[name] = getattr(trained, name)
+    return load_run_config(file, settings | {k: v for k, v in flags.items() if v is not None}, assignments)
+
+
+def compare(
+    config: RunConfig,
+    text: Path,
+    *,
+    adapter: Path | None = None,
+    block_size: int = 1024,
+    max_blocks: int | None = 40,
+    methods: list[str] | None = None,
+    work: Path | None = None,
+    out: Path | None = None,
+) -> dict[str, Any]:
+    """Make and measure every method. Returns the JSON-ready table, and writes it to ``out``.
+
+    ``work`` keeps what is trained, and a comparison killed in the middle of a training resumes it there.
+    Raises ``ValueError`` for bad input, before anything is computed.
+    """
+    chosen = _chosen_methods(methods)
+    base_folder = Path(config.base)
+    load_base_config(base_folder)
+    content = read_text(text)
+    if out is not None and out.exists():
+        raise ValueError(f"{out} already exists; choose another --out or remove it")
+    if block_size < 2:
+        raise ValueError(f"block_size is {block_size}; it must be at least 2")
+    if not config.data or "self" in config.data:
+        raise ValueError("compare needs training text in files or data sets that all methods read: give --data FILE")
+    if adapter is not None:
+        check_base(Adapter.load(adapter), base_folder)
+    tokenizer = AutoTokenizer.from_pretrained(base_folder)
+    test_blocks = text_blocks(tokenizer, content, block_size, max_blocks)
+    documents = [load_documents(source, config.text_column) for source in config.data]
+    blocks = InterleavedBlocks([pack(d, tokenizer, config.sequence_length) for d in documents], config.seed)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    base = load_model(base_folder).requires_grad_(False).to(device)
+    console = Console(stderr=True)
+
+    def report(line: str) -> None:
+        console.print(line, highlight=False, soft_wrap=True)
+
+    def perplexity() -> float:
+        return perplexity_from(list(negative_log_likelihoods(base, test_blocks)), test_blocks)
+
+    dense = perplexity()
+    rows = [_row("dense", dense, 1.0, 0, 0.0)]
+    report(f"dense: perplexity {dense:.2f}")
+    with contextlib.ExitStack() as stack:
+        folder = work or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="tomoe-compare-")))
+        contest = Contest(base=base, config=config, blocks=blocks, work=folder, adapter=adapter, report=report)
+        for name in chosen:
+            report(f"{name} ...")
+            rows.append(_measure(name, contest, perplexity))
+    table = {
+        "base": base_folder.name,
+        "text": text.name,
+        "data": [Path(source).name for source in config.data],
+        "block_size": block_size,
+        "blocks": len(test_blocks),
+        "scored_tokens": len(test_blocks) * (block_size - 1),
+        "active_ratio": config.active_ratio,
+        "rows": rows,
+    }
+    _print(table)
+    if out is not None:
+        settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in ("architecture", "notes")}
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write_json_whole(out, table | {"config": settings, "provenance": provenance()})
+    return table
+
+
+def _chosen_methods(names: list[str] | None) -> list[str]:
+    for name in names or ():
+        if name not in METHODS:
+            close = difflib.get_close_matches(name, METHODS, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(METHODS)}"
+            raise ValueError(f"unknown method {name!r}; {hint}")
+    return [name for name in METHODS if not names or name in names]
+
+
+def _measure(name: str, contest: Contest, perplexity: Callable[[], float]) -> dict[str, Any]:
+    started = time.perf_counter()
+    try:
+        gates = METHODS[name](contest)
+    except OutOfBudgetError as error:
+        contest.report(f"{name}: {error}")
+        return _row(name, None, None, 0, 0.0, str(error))
+    seconds = time.perf_counter() - started if gates.seconds is None else gates.seconds
+    ratio = gates.widths.active_ratio(contest.shape)
+    assert ratio <= contest.config.active_ratio, (name, ratio)
+    gates.attach(contest.base)
+    gates.set_on(True)
+    ppl = perplexity()
+    gates.set_on(False)
+    note = f" ({gates.note})" if gates.note else ""
+    contest.report(f"{name}: perplexity {ppl:.2f} at {ratio:.4f} active{note}")
+    return _row(name, ppl, ratio, gates.tokens, seconds, gates.note)
+
+
+def _row(
+    method: str, ppl: float | None, active_ratio: float | None, tokens: int, seconds: float, note: str = ""
+) -> dict[str, Any]:
+    return {
+        "method": method,
+        "ppl": ppl,
+        "active_ratio": active_ratio,
+        "tokens": tokens,
+        "seconds": round(seconds, 1),
+        "note": note,
+    }
+
+
+def _print(table: dict[str, Any]) -> None:
+    title = (
+        f"{table['base']} on {table['text']}, {table['blocks']} x {table['block_size']} tokens, "
+        f"at most {table['active_ratio']:g} of the block parameters active"
+    )
+    dense, lines = table["rows"][0]["ppl"], []
+    for row in table["rows"]:
+        figures = ["-", "-", "-"]
+        if row["ppl"] is not None:
+            figures = [f"{row['ppl']:.2f}", f"{row['ppl'] / dense:.2f}", f"{row['active_ratio']:.4f}"]
+        lines.append([row["method"], *figures, f"{row['tokens']:,}", f"{row['seconds']:.1f}"])
+    print_table(title, ["method", "perplexity", "x dense", "active", "tokens", "seconds"], lines)

@@ -1,0 +1,277 @@
+"""Fine-tuning of a converted model as a dense model under masks (the pseudo-MoE of appendix B.3).
+
+A token's expert computes with the neurons it keeps, ``down[:, kept] (act(gate[kept] x) * up[kept] x)``. That
+equals the dense MLP whose hidden neurons are masked, so the exported checkpoint, loaded as the reference
+model, is trained like any dense model: gates on, routers and masks frozen, next-token loss. What is learned
+goes into the dense tensors: LoRA (PEFT) on every linear of the decoder blocks, merged afterwards, or all dense
+weights. The result is a checkpoint of the same masks, byte for byte, that Hugging Face and vLLM load alike.
+
+PEFT wraps a linear, and hooks stay on the linear inside; so gates are attached again after wrapping: they then
+mask what the low-rank part reads and adds, too, and merging changes nothing but rounding.
+
+A run killed leaves nothing, and is not resumed. The same seed gives the same bits on the same machine.
+"""
+
+import dataclasses
+import json
+import math
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import AutoTokenizer, get_scheduler
+
+from tomoe_training.artifacts.files import (
+    StoredTensor,
+    fingerprint_of,
+    link_or_copy,
+    read_safetensors_header,
+    stored_tensors,
+    whole_folder,
+    write_tensors,
+)
+from tomoe_training.artifacts.inspection import inspect
+from tomoe_training.artifacts.model_card import fine_tuned_card
+from tomoe_training.artifacts.provenance import provenance
+from tomoe_training.data import InterleavedBlocks, load_documents, pack
+from tomoe_training.evaluation.perplexity import load_model
+from tomoe_training.method.losses import language_model_loss
+from tomoe_training.progress import TrainProgress
+from tomoe_training.runtime import has_fast_bfloat16
+
+METHODS = ("lora", "full")
+LEARNING_RATES = {"lora": 2e-4, "full": 2e-5}
+"""Usual values of the two methods; not tuned here."""
+WARMUP_SHARE = 0.03
+MAX_GRAD_NORM = 1.0
+PROVENANCE = "tomoe_provenance.json"
+GATES = ("head_gate", "expert_gate")
+
+
+@dataclass(kw_only=True, slots=True)
+class FinetuneConfig:
+    """A fine-tuning run. AdamW without weight decay, cosine schedule, gradients clipped at norm 1."""
+
+    data: list[str] = field(default_factory=list)
+    """Sources as for training, interleaved 1:1; `self` is not one of them."""
+    text_column: str | None = None
+    """Column that holds the text, where it is not called `text`."""
+    method: str = "lora"
+    """lora: low-rank updates of the blocks' linears, merged at the end; full: all dense weights."""
+    rank: int = 16
+    alpha: int = 32
+    """LoRA's scale: the update is alpha / rank times the product."""
+    learning_rate: float | None = None
+    """Default: 2e-4 for lora, 2e-5 for full."""
+    steps: int = 500
+    sequence_length: int = 512
+    batch_size: int = 2
+    """Sequences per step."""
+    seed: int = 0
+
+    def validate(self) -> None:
+        """Raise ``ValueError`` for what cannot be run."""
+        if not self.data:
+            raise ValueError("no training data: give --data FILE [FILE ...]")
+        if self.method not in METHODS:
+            raise ValueError(f"method is {self.method!r}; it must be one of {', '.join(METHODS)}")
+        for name, least in (("rank", 1), ("steps", 1), ("batch_size", 1), ("sequence_length", 2)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {least}")
+        for name in ("alpha", "learning_rate"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"{name} is {value}; it must be positive")
+
+
+def finetune(checkpoint: Path, config: FinetuneConfig, out: Path) -> dict[str, Any]:
+    """Fine-tune a ToMoE checkpoint and write another one to ``out``, whole or not at all. Returns a summary.
+
+    Raises ``ValueError`` for bad input and ``FloatingPointError`` for a loss that is not finite.
+    """
+    config.validate()
+    if inspect(checkpoint)["kind"] != "checkpoint":
+        raise ValueError(f"{checkpoint} is an adapter; give the checkpoint that tomoe export wrote from it")
+    tensors = stored_tensors(checkpoint)
+    with whole_folder(out) as folder:  # first: a folder that exists is refused before training, not after
+        tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+        sources = [load_documents(source, config.text_column) for source in config.data]
+        packed = [pack(documents, tokenizer, config.sequence_length) for documents in sources]
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        # Full weights need float32 masters: a bfloat16 weight does not feel a step of 2e-5.
+        is_half = config.method == "lora" and has_fast_bfloat16(device)
+        model = load_model(checkpoint, torch.bfloat16 if is_half else torch.float32).to(device)
+        trained = prepare(model, config)
+        started = time.perf_counter()
+        losses = train_steps(model, trained, InterleavedBlocks(packed, config.seed), config)
+        facts = {
+            **dataclasses.asdict(config),
+            "data": [Path(source).name for source in config.data],
+            "learning_rate": config.learning_rate or LEARNING_RATES[config.method],
+            "dtype": "bfloat16" if is_half else "float32",
+            "trained_parameters": sum(parameter.numel() for parameter in trained),
+            "tokens": config.steps * config.batch_size * config.sequence_length,
+            "seconds": round(time.perf_counter() - started, 1),
+            "first_loss": _mean(losses[: max(1, len(losses) // 10)]),
+            "final_loss": _mean(losses[-max(1, len(losses) // 10) :]),
+        }
+        write_weights(tensors, updates_of(model, config.method), folder)
+        facts |= {
+            "source_dense_hash": fingerprint_of(_dense(tensors)),
+            "dense_hash": fingerprint_of(_dense(_written(tensors, folder))),
+        }
+        _write_other_files(checkpoint, facts, folder)
+    keys = ("method", "steps", "tokens", "seconds", "trained_parameters", "first_loss", "final_loss", "dense_hash")
+    return {"checkpoint": str(out)} | {key: facts[key] for key in keys}
+
+
+def prepare(model, config: FinetuneConfig) -> list[nn.Parameter]:
+    """Make a reference model trainable, gates frozen; returns what is trained, in a fixed order.
+
+    With ``lora``, PEFT's layers are put in place and the gates on them.
+    """
+    model.requires_grad_(False)
+    if config.method == "full":
+        trained = [p for name, p in model.named_parameters() if not _is_gate(name)]
+    else:
+        try:
+            from peft import LoraConfig, inject_adapter_in_model
+        except ModuleNotFoundError as error:
+            raise ModuleNotFoundError("tomoe finetune needs peft: pip install 'tomoe-vllm[train]'") from error
+        lora = LoraConfig(
+            r=config.rank, lora_alpha=config.alpha, lora_dropout=0.0, bias="none", target_modules=block_linears(model)
+        )
+        with _seeded(config.seed):
+            inject_adapter_in_model(lora, model)
+        model.attach_gates()
+        trained = [p for name, p in model.named_parameters() if "lora_" in name]
+        for parameter in trained:
+            parameter.data = parameter.data.float()
+    for parameter in trained:
+        parameter.requires_grad_(True)
+    return trained
+
+
+def block_linears(model) -> list[str]:
+    """Names of a family's linears inside a decoder block, without the gates' own: q_proj, ..., down_proj."""
+    found = (name for name, module in model.model.layers.named_modules() if isinstance(module, nn.Linear))
+    return sorted({name.rpartition(".")[2] for name in found if not _is_gate(name)})
+
+
+def train_steps(model, trained: list[nn.Parameter], blocks: InterleavedBlocks, config: FinetuneConfig) -> list[float]:
+    """The loop: next-token loss on every token of every block. Returns the loss of each step, nats per token."""
+    optimizer = torch.optim.AdamW(
+        trained, lr=config.learning_rate or LEARNING_RATES[config.method], weight_decay=0.0
+    )  # fmt: skip
+    scheduler = get_scheduler(
+        "cosine", optimizer, num_warmup_steps=math.ceil(WARMUP_SHARE * config.steps), num_training_steps=config.steps
+    )
+    losses: list[float] = []
+    started = time.perf_counter()
+    with TrainProgress(config.steps, 0, is_on=True) as progress:
+        for step in range(config.steps):
+            ids = blocks.batch(step, range(config.batch_size), config.batch_size).to(model.device)
+            loss = loss_of(model, ids)
+            if not math.isfinite(loss.item()):
+                raise FloatingPointError(f"the loss is {loss.item()} at step {step + 1}; lower --learning-rate")
+            loss.backward()
+            nn.utils.clip_grad_norm_(trained, MAX_GRAD_NORM)
+            optimizer.step()
+            scheduler.step()
+            optimizer.zero_grad(set_to_none=True)
+            losses.append(loss.item())
+            tokens_per_s = len(losses) * ids.numel() / (time.perf_counter() - started)
+            progress.show(step + 1, f"loss {losses[-1]:.4f}; {tokens_per_s:.0f} tokens/s")
+    return losses
+
+
+def loss_of(model, ids: Tensor) -> Tensor:
+    """Mean cross-entropy of the next tokens of ``ids`` [B, S], nats."""
+    hidden = model.model(ids, use_cache=False).last_hidden_state
+    return language_model_loss(hidden[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), model.lm_head)
+
+
+def updates_of(model, method: str) -> dict[str, Callable[[Tensor], Tensor]]:
+    """By tensor name, the function from a stored tensor to its fine-tuned value (float32, on the CPU)."""
+    if method == "full":
+        dense = {name: tensor for name, tensor in model.state_dict().items() if not _is_gate(name)}
+        return {name: partial(_replaced, tensor) for name, tensor in dense.items()}
+    from peft.tuners.lora import LoraLayer
+
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
+    return {f"{name}.weight": partial(_merged, layer) for name, layer in layers.items()}
+
+
+def _replaced(new: Tensor, stored: Tensor) -> Tensor:
+    return new.float().cpu()
+
+
+def _merged(layer, stored: Tensor) -> Tensor:
+    return stored.float() + layer.get_delta_weight("default").float().cpu()
+
+
+@torch.no_grad()
+def write_weights(
+    tensors: dict[str, StoredTensor], updates: dict[str, Callable[[Tensor], Tensor]], folder: Path
+) -> None:
+    """Write a checkpoint's shards: those with an updated tensor anew, in the stored dtype; others are linked."""
+    unknown = updates.keys() - tensors.keys()
+    tied = {"lm_head.weight"}  # stored under the embedding's name alone where both are one
+    if unknown - tied:
+        raise ValueError(f"the checkpoint has no tensor {min(unknown - tied)} to update; export it again")
+    for file in sorted({tensor.file for tensor in tensors.values()}):
+        names = [name for name, tensor in tensors.items() if tensor.file == file]
+        if not updates.keys() & set(names):
+            link_or_copy(file, folder / file.name)
+            continue
+        values = load_file(file)
+        for name in updates.keys() & set(names):
+            values[name] = updates[name](values[name]).to(values[name].dtype).contiguous()
+        write_tensors(values, folder / file.name)
+
+
+def _write_other_files(checkpoint: Path, facts: dict, folder: Path) -> None:
+    for file in checkpoint.iterdir():
+        if file.is_file() and file.suffix != ".safetensors":
+            shutil.copyfile(file, folder / file.name)
+    card = folder / "README.md"
+    text = card.read_text() if card.is_file() else "# ToMoE checkpoint\n"
+    card.write_text(fine_tuned_card(text, facts))
+    record = folder / PROVENANCE
+    details = json.loads(record.read_text()) if record.is_file() else {}
+    runs = [*details.get("finetuning", []), facts | {"provenance": provenance()}]
+    record.write_text(json.dumps(details | {"finetuning": runs}, indent=2) + "\n")
+
+
+def _written(tensors: dict[str, StoredTensor], folder: Path) -> dict[str, StoredTensor]:
+    """The tensors of ``folder``, which has no config.json yet."""
+    files = {folder / tensor.file.name for tensor in tensors.values()}
+    return {name: tensor for file in files for name, tensor in read_safetensors_header(file).items()}
+
+
+def _dense(tensors: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
+    return {name: tensor for name, tensor in tensors.items() if not _is_gate(name)}
+
+
+def _is_gate(name: str) -> bool:
+    return any(gate in name for gate in GATES)
+
+
+def _mean(values: list[float]) -> float:
+    return math.fsum(values) / len(values)
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """PyTorch's generator from ``seed``, as it was before afterwards."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield

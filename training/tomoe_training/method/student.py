@@ -1,0 +1,237 @@
+"""Teacher and student in one frozen model: gates off, gates on."""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from tomoe_training.artifacts.adapter import LayerAdapter
+from tomoe_training.budget import NUM_QUANTILES, LayerLogits, Widths, anchor, solve_widths
+from tomoe_training.config import MethodSettings
+from tomoe_training.method.gates import NOISE_FREE, LayerNoise, TrainedExpertGate, TrainedHeadGate
+from tomoe_training.method.hypernetwork import Hypernetwork
+from tomoe_training.method.losses import (
+    distillation_loss,
+    language_model_loss,
+    load_balance_loss,
+    parameter_loss,
+    union_loss,
+)
+from tomoe_training.method.relaxation import StepNoise
+from tomoe_vllm.hf.configuration_tomoe import block_shape, family_of
+
+QUANTILE_DECAY = 0.98
+"""Running mean over about 50 steps: K moves with the logits, not with one batch."""
+
+
+class Student(nn.Module):
+    """Everything trainable, attached to a frozen base model by hooks.
+
+    The base is not a submodule: state dict, optimiser and DDP see only what is trained.
+    """
+
+    def __init__(self, base, settings: MethodSettings):
+        super().__init__()
+        self.settings = settings
+        self.shape = block_shape(base.config)
+        num_layers, family = base.config.num_hidden_layers, family_of(base.config)
+        self.hypernetwork = Hypernetwork(
+            num_modules=2 * num_layers,
+            num_experts=settings.num_experts,
+            embedding_size=settings.value_router_dim,
+            is_local=settings.local_embeddings,
+        )
+        self.head_gates = nn.ModuleList(TrainedHeadGate(base.config, i, settings) for i in range(num_layers))
+        self.expert_gates = nn.ModuleList(TrainedExpertGate(base.config, i, settings) for i in range(num_layers))
+        for name, parameter in self.named_parameters():
+            if name.endswith("offset"):
+                parameter.requires_grad_(settings.train_offsets)
+        for layer, head, expert in zip(base.model.layers, self.head_gates, self.expert_gates, strict=True):
+            head.attach(layer, family)
+            expert.attach(layer, family)
+        base.requires_grad_(False)
+        object.__setattr__(self, "base", base)
+        # Quantiles of each layer's value logits over training tokens and dims, a running mean.
+        self.register_buffer("value_quantiles", torch.zeros(num_layers, NUM_QUANTILES))
+        self._seen_quantiles: list[tuple[list[int], Tensor]] = []
+        self.widths: Widths | None = None
+        self.widths_are_frozen = False
+
+    # ------------------------------------------------------------------------------------- forward
+    def set_gates(self, is_on: bool) -> None:
+        """True for the student, False for the teacher."""
+        for gate in (*self.head_gates, *self.expert_gates):
+            gate.is_on = is_on
+
+    def begin(self, noise: StepNoise | None = None) -> None:
+        """Make the masks of one step; without noise they are the deterministic ones."""
+        embeddings = self.hypernetwork()
+        for i, (head, expert) in enumerate(zip(self.head_gates, self.expert_gates, strict=True)):
+            layer = NOISE_FREE if noise is None else _layer_noise(noise, i, embeddings.device)
+            head.begin(embeddings[2 * i], layer, self.widths)
+            expert.begin(embeddings[2 * i + 1], layer, self.widths)
+
+    def hidden_states(self, input_ids: Tensor) -> Tensor:
+        """Hidden states after the final norm, [B, S, D], of teacher or student as the gates are set."""
+        return self.base.model(input_ids=input_ids, use_cache=False).last_hidden_state
+
+    def forward(self, input_ids: Tensor, noise: StepNoise | None = None) -> dict[str, Tensor]:
+        """The objective of one batch [B, S]: ``loss`` with gradients, and its terms for the log."""
+        settings = self.settings
+        teacher = None
+        if settings.objective == "kd":
+            with torch.no_grad():
+                self.set_gates(False)
+                teacher = self.hidden_states(input_ids)
+                self.set_gates(True)
+        self.begin(noise)
+        student = self.hidden_states(input_ids)
+        lm_head = self.base.get_output_embeddings()
+        if teacher is not None:
+            task = distillation_loss(student.flatten(0, 1), teacher.flatten(0, 1), lm_head)
+        else:
+            task = language_model_loss(student[:, :-1].flatten(0, 1), input_ids[:, 1:].flatten(), lm_head)
+        self._note_quantiles()
+        return self._objective(task)
+
+    def _objective(self, task: Tensor) -> dict[str, Tensor]:
+        settings, heads, experts = self.settings, self.head_gates, self.expert_gates
+        r_p, ratio = parameter_loss(
+            [h.qk_width for h in heads],
+            [_across_ranks(h.vo_width) for h in heads],
+            [e.masks.sum(dim=-1).max() for e in experts],
+            self.shape,
+            settings.active_ratio,
+        )
+        r_u, union = union_loss([e.clean_masks for e in experts])
+        fractions = _across_ranks(torch.stack([e.fractions for e in experts]))
+        r_l = load_balance_loss(fractions, torch.stack([e.probabilities for e in experts]))
+        loss = task + settings.beta * r_u + settings.gamma * r_l
+        if self.widths is None:
+            loss = loss + settings.alpha * r_p
+        terms = {"task": task, "r_p": r_p, "r_u": r_u, "r_l": r_l, "active_ratio": ratio, "union": union}
+        return {"loss": loss, **{name: term.detach() for name, term in terms.items()}}
+
+    # ---------------------------------------------------------------------------------- the result
+    @torch.no_grad()
+    def layer_logits(self) -> list[LayerLogits]:
+        """Noise-free mask logits of every layer. Value quantiles need :meth:`calibrate` or training first.
+
+        Once the widths are frozen the logits are shifted, each expert's by a constant, so that exactly the
+        trained widths lie above the threshold: ranks are what was trained, levels were free to drift.
+        """
+        embeddings = self.hypernetwork()
+        layers = []
+        for i, (head, expert) in enumerate(zip(self.head_gates, self.expert_gates, strict=True)):
+            query_key, value = head.static_logits(head.mean_embedding(embeddings[2 * i]))
+            if self.settings.vo_mode == "dynamic":
+                value = self.value_quantiles[i]
+            logits = LayerLogits(experts=expert.logits(embeddings[2 * i + 1]), query_key=query_key, value=value)
+            if self.widths_are_frozen and self.widths is not None:
+                logits = anchor(logits, self.shape, self.widths, i)
+            layers.append(logits)
+        return layers
+
+    @torch.no_grad()
+    def calibrate(self, batch: Tensor) -> None:
+        """Measure the value logits on a batch [B, S] of training text: K of the top-K comes from them.
+
+        Training keeps the measurement up to date by a running mean; this starts it.
+        """
+        self.set_gates(True)
+        self.begin()
+        self.hidden_states(batch)
+        self._note_quantiles()
+        self.update_quantiles(decay=0.0)
+
+    def _note_quantiles(self) -> None:
+        """Keep what this forward pass saw of the value logits until the step ends."""
+        if self.settings.vo_mode == "dynamic":
+            rows = [i for i, head in enumerate(self.head_gates) if not head.keeps_value]
+            if rows:
+                self._seen_quantiles.append((rows, torch.stack([self.head_gates[i].batch_quantiles for i in rows])))
+
+    @torch.no_grad()
+    def update_quantiles(self, decay: float = QUANTILE_DECAY) -> None:
+        """Once per optimiser step: move the running quantiles towards the mean of its forward passes."""
+        if self._seen_quantiles:
+            rows = self._seen_quantiles[0][0]
+            seen = _mean_across_ranks(torch.stack([quantiles for _, quantiles in self._seen_quantiles]).mean(dim=0))
+            self.value_quantiles[rows] = torch.lerp(seen, self.value_quantiles[rows], decay)
+        self._seen_quantiles.clear()
+
+    @torch.no_grad()
+    def settle_widths(self) -> Widths:
+        """Set the masks to the widths that export would give them now, and return these."""
+        settings = self.settings
+        self.widths = solve_widths(
+            self.layer_logits(),
+            self.shape,
+            settings.active_ratio,
+            width_multiple=settings.width_multiple,
+            head_dim_multiple=settings.head_dim_multiple,
+        )
+        return self.widths
+
+    def freeze_widths(self) -> None:
+        """Keep the widths as they are from here on."""
+        assert self.widths is not None
+        self.widths_are_frozen = True
+        for head in self.head_gates:
+            head.freeze(self.widths)
+
+    @torch.no_grad()
+    def layer_adapters(self) -> list[LayerAdapter]:
+        """The trained tensors in the form an adapter stores."""
+        embeddings, layers = self.hypernetwork(), []
+        pairs = zip(self.head_gates, self.expert_gates, self.layer_logits(), strict=True)
+        for i, (head, expert, logits) in enumerate(pairs):
+            layer = LayerAdapter(logits=logits, router=expert.router.weight)
+            if self.settings.vo_mode == "dynamic":
+                layer.value_down, layer.value_up = head.value_down.weight, head.value_up.weight
+                layer.value_bias = head.mean_embedding(embeddings[2 * i])
+                layer.value_norm_weight, layer.value_norm_bias = head.norm.weight, head.norm.bias
+            layers.append(layer)
+        return layers
+
+    @torch.no_grad()
+    def load_layer_adapters(self, layers: list[LayerAdapter]) -> None:
+        """Start from an adapter: routers are copied, and offsets make up what the hypernetwork lacks.
+
+        Afterwards the deterministic masks are the adapter's, and training goes on from there.
+        """
+        for i, (head, layer) in enumerate(zip(self.head_gates, layers, strict=True)):
+            if self.settings.vo_mode == "dynamic":
+                head.value_down.weight.copy_(layer.value_down)
+                head.value_up.weight.copy_(layer.value_up)
+                head.norm.weight.copy_(layer.value_norm_weight)
+                head.norm.bias.copy_(layer.value_norm_bias)
+                self.value_quantiles[i].copy_(layer.logits.value)
+        embeddings = self.hypernetwork()
+        for i, (head, expert, layer) in enumerate(zip(self.head_gates, self.expert_gates, layers, strict=True)):
+            if self.settings.vo_mode == "dynamic":
+                head.embedding_offset.add_(layer.value_bias - head.mean_embedding(embeddings[2 * i]))
+            query_key, value = head.static_logits(head.mean_embedding(embeddings[2 * i]))
+            head.query_key_offset.add_(layer.logits.query_key - query_key)
+            if value is not None:
+                head.value_offset.add_(layer.logits.value - value)
+            expert.router.weight.copy_(layer.router)
+            expert.offset.add_(layer.logits.experts - expert.logits(embeddings[2 * i + 1]))
+
+
+def _layer_noise(noise: StepNoise, i: int, device: torch.device) -> LayerNoise:
+    parts = (noise.experts, noise.query_key, noise.router, noise.value)
+    return LayerNoise(*(None if part is None else part[i].to(device) for part in parts))
+
+
+def _mean_across_ranks(value: Tensor) -> Tensor:
+    """Mean over processes, without gradient."""
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return value.detach()
+    mean = value.detach().clone()
+    dist.all_reduce(mean)
+    return mean / dist.get_world_size()
+
+
+def _across_ranks(value: Tensor) -> Tensor:
+    """Mean over processes with the local gradient: DDP then averages the gradients to that of the mean."""
+    return value + (_mean_across_ranks(value) - value.detach())
