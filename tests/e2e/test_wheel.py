@@ -1,4 +1,4 @@
-"""The wheel, alone in a clean environment, serves a checkpoint from an empty folder."""
+"""The wheel in an environment without this repository: what it holds, and that its commands run."""
 
 import json
 import os
@@ -9,30 +9,88 @@ import subprocess
 import time
 import urllib.error
 import urllib.request
+import zipfile
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
+from tests.helpers.processes import REPOSITORY
 from tests.helpers.tiny_models import save_tiny_model
-from tests.helpers.wheel import build_wheel, install_wheel
+from tests.helpers.wheel import build_wheel, install_without_dependencies
 
 START_LIMIT_S = 300
+PACKAGES = ("tomoe_vllm", "tomoe_training", "tomoe_serving")
 
-pytestmark = [pytest.mark.slow, pytest.mark.engine]
-
-
-@pytest.fixture(scope="module")
-def environment(tmp_path_factory) -> Path:
-    """bin/ of a new virtual environment with only the wheel and its `cpu` extra (about two minutes)."""
-    if shutil.which("nvidia-smi"):
-        pytest.skip("installs the CPU build of vLLM")
-    folder = tmp_path_factory.mktemp("wheel")
-    return install_wheel(build_wheel(folder / "dist"), folder / "venv")
+pytestmark = pytest.mark.process
 
 
 @pytest.fixture(scope="module")
-def served(environment, tmp_path_factory):
-    """Address of ``vllm serve`` run from an empty folder with a bare environment."""
+def wheel(tmp_path_factory) -> Path:
+    return build_wheel(tmp_path_factory.mktemp("dist"))
+
+
+@pytest.fixture(scope="module")
+def bin_folder(wheel, tmp_path_factory) -> Path:
+    """bin/ of an environment with the wheel; test_container.py installs one with the dependencies of its extras."""
+    return install_without_dependencies(wheel, tmp_path_factory.mktemp("wheel") / "venv")
+
+
+@pytest.fixture
+def foreign_folder(tmp_path) -> Path:
+    """A folder with packages called ``training`` and ``serving``, as many repositories have; importing one fails."""
+    for name in ("training", "serving"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").write_text(f"raise ImportError('a foreign package: {name}')\n")
+    return tmp_path
+
+
+def run(*command: object, cwd: Path, **variables: str) -> str:
+    """Standard output of a command that has to succeed, with a bare environment."""
+    environment = {"PATH": os.environ["PATH"]} | variables
+    result = subprocess.run(list(map(str, command)), cwd=cwd, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def test_wheel_holds_three_typed_packages_and_nothing_else(wheel):
+    names = zipfile.ZipFile(wheel).namelist()
+    top_level = {name.partition("/")[0] for name in names}
+    assert {name for name in top_level if not name.endswith(".dist-info")} == set(PACKAGES)
+    assert {f"{package}/py.typed" for package in PACKAGES} <= set(names)
+
+
+def test_wheel_holds_every_file_of_the_packages(wheel):
+    tracked = run("git", "ls-files", "tomoe_vllm", "training/tomoe_training", "serving/tomoe_serving", cwd=REPOSITORY)
+    expected = {name.removeprefix("training/").removeprefix("serving/") for name in tracked.split()}
+    assert expected <= set(zipfile.ZipFile(wheel).namelist())
+
+
+def test_packages_are_imported_from_the_wheel(bin_folder, tmp_path):
+    code = f"import {', '.join(PACKAGES)}\nfor p in ({', '.join(PACKAGES)}): print(p.__file__)"
+    lines = run(bin_folder / "python", "-c", code, cwd=tmp_path).splitlines()
+    assert [line.startswith(str(bin_folder.parent)) for line in lines] == [True] * 3
+
+
+def test_command_prints_its_version(bin_folder, tmp_path):
+    assert run(bin_folder / "tomoe", "--version", cwd=tmp_path)[0].isdigit()
+
+
+def test_inspect_runs_beside_foreign_packages(bin_folder, foreign_folder):
+    adapter = REPOSITORY / "adapters" / "smollm2-135m-p70"
+    out = run(bin_folder / "tomoe", "inspect", adapter, cwd=foreign_folder, PYTHONPATH=".")
+    assert json.loads(out.splitlines()[-1])["active_ratio_target"] == 0.7
+
+
+@pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed")
+def test_plugins_are_imported_beside_foreign_packages(bin_folder, foreign_folder):
+    code = "import tomoe_vllm.plugin, tomoe_serving.api.vllm_endpoint_plugin"
+    run(bin_folder / "python", "-c", code, cwd=foreign_folder, PYTHONPATH=".")
+
+
+@pytest.fixture(scope="module")
+def served(bin_folder, tmp_path_factory):
+    """Address of ``vllm serve`` run from an empty folder with a bare environment, and its home."""
     folder = tmp_path_factory.mktemp("served")
     save_tiny_model(folder / "checkpoint", "llama")
     empty = folder / "empty"
@@ -41,14 +99,16 @@ def served(environment, tmp_path_factory):
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     variables = {
-        "PATH": f"{environment}:{os.environ['PATH']}",
+        "PATH": f"{bin_folder}:{os.environ['PATH']}",
         "HOME": str(folder),
         "VLLM_CPU_KVCACHE_SPACE": "1",
         "HF_HUB_OFFLINE": "1",
     }
+    # `vllm` as a module: its script's first line names the environment it was installed into.
     command = [
-        environment / "vllm", "serve", folder / "checkpoint", "--trust-remote-code", "--host", "127.0.0.1",
-        "--port", str(port), "--dtype", "float32", "--enforce-eager", "--skip-tokenizer-init",
+        bin_folder / "python", "-m", "vllm.entrypoints.cli.main", "serve", folder / "checkpoint",
+        "--trust-remote-code", "--host", "127.0.0.1", "--port", str(port), "--dtype", "float32", "--enforce-eager",
+        "--skip-tokenizer-init",
     ]  # fmt: skip
     log = (folder / "log.txt").open("w")
     process = subprocess.Popen(command, cwd=empty, env=variables, stdout=log, stderr=log, start_new_session=True)
@@ -63,7 +123,7 @@ def served(environment, tmp_path_factory):
                 if process.poll() is not None or is_late:
                     pytest.fail(f"not ready (exit code {process.poll()}):\n{(folder / 'log.txt').read_text()[-3000:]}")
                 time.sleep(1)
-        yield f"http://127.0.0.1:{port}"
+        yield f"http://127.0.0.1:{port}", folder
     finally:
         os.killpg(process.pid, signal.SIGTERM)
         try:
@@ -74,40 +134,14 @@ def served(environment, tmp_path_factory):
         log.close()
 
 
-def test_wheel_has_no_source_tree_behind_it(environment, tmp_path):
-    code = "import serving, tomoe_vllm, training\nfor p in (serving, tomoe_vllm, training):\n    print(p.__file__)"
-    result = subprocess.run(
-        [environment / "python", "-c", code], cwd=tmp_path, env={"PATH": ""}, capture_output=True, text=True, check=True
-    )
-    assert all("site-packages" in line for line in result.stdout.splitlines())
-
-
-def test_wheel_compiles_its_kernels(environment, tmp_path):
-    if shutil.which("g++") is None:
-        pytest.skip("no C++ compiler")
-    code = "from tomoe_vllm.kernels import build; print(build.load(), build.build())"
-    result = subprocess.run(
-        [environment / "python", "-c", code],
-        cwd=tmp_path,
-        env={"PATH": os.environ["PATH"], "TOMOE_CACHE_ROOT": str(tmp_path)},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert result.stdout.startswith(f"True {tmp_path}"), result.stderr
-
-
-def test_command_of_the_wheel_prints_its_version(environment, tmp_path):
-    result = subprocess.run(
-        [environment / "tomoe", "--version"], cwd=tmp_path, env={"PATH": ""}, capture_output=True, text=True, check=True
-    )
-    assert result.stdout.strip()[0].isdigit()
-
-
+@pytest.mark.slow
+@pytest.mark.engine
 def test_wheel_serves_a_checkpoint_from_an_empty_folder(served):
+    address, home = served
     body = json.dumps({"prompt": [5, 17, 42, 8], "max_tokens": 6, "temperature": 0, "return_token_ids": True})
     request = urllib.request.Request(
-        f"{served}/v1/completions", data=body.encode(), headers={"Content-Type": "application/json"}
+        f"{address}/v1/completions", data=body.encode(), headers={"Content-Type": "application/json"}
     )
     reply = json.load(urllib.request.urlopen(request, timeout=120))
     assert len(reply["choices"][0]["token_ids"]) == 6
+    assert not shutil.which("g++") or list((home / ".cache" / "tomoe_vllm").rglob("*.so")), "no kernels were compiled"

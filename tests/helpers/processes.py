@@ -1,4 +1,4 @@
-"""Python in another process: one thread, this repository's packages, text in and out."""
+"""Python in another process: one thread, this repository's packages, captured text."""
 
 import os
 import signal
@@ -10,8 +10,9 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 def environment(**more: str) -> dict[str, str]:
-    """This process's environment with one thread and the repository on the path."""
-    return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)} | more
+    """This process's environment with one thread and this repository's packages on the path."""
+    packages = os.pathsep.join(str(REPOSITORY / folder) for folder in ("", "training", "serving"))
+    return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": packages} | more
 
 
 def python(*arguments: object, **options) -> subprocess.CompletedProcess:
@@ -22,11 +23,14 @@ def python(*arguments: object, **options) -> subprocess.CompletedProcess:
 
 
 def start_python(*arguments: object, **options) -> subprocess.Popen:
-    """Start ``python arguments``; the caller waits for it. It heeds SIGINT, which a shell's background jobs ignore."""
+    """Start ``python arguments``; the caller waits for it.
+
+    SIGINT has its default handler there, also where this process was started in a shell's background and ignores it.
+    """
     command = [sys.executable, *map(str, arguments)]
-    options = {"env": environment(), "preexec_fn": heed_interrupts} | options
+    options = {"env": environment(), "preexec_fn": restore_interrupts} | options
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
 
 
-def heed_interrupts() -> None:
+def restore_interrupts() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)

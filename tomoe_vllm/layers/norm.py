@@ -17,7 +17,7 @@ class ToMoERMSNorm(RMSNorm):
 
     With a residual both tensors are overwritten, as on GPUs. In plain torch a norm makes four tensors of x's size and
     takes 4 to 12 times as long (benchmarks/norms.py); and with nothing larger between them, as the shared layout has
-    it, glibc does not fill the holes they leave, so that a server grows (docs/log.md, 2026-11-26).
+    it, glibc does not fill the holes they leave, so that a server grows (docs/notebook, 2026-11-26).
     """
 
     def forward_cpu(self, x: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:

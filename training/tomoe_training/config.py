@@ -87,7 +87,7 @@ class RunConfig(MethodSettings):
     self_tokens: int = 100_000
     """Tokens to sample from the dense model for the data source `self`."""
     widths_every: int = 0
-    """Exact budget: steps between two settlings of the widths. 0 keeps those of the start (docs/log.md says why)."""
+    """Exact budget: steps between two settlings of the widths. 0 keeps those of the start (docs/notebook says why)."""
     checkpoint_every: int = 200
     log_every: int = 10
     tensorboard: bool = True

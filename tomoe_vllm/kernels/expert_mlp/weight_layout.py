@@ -21,7 +21,7 @@ def empty_rows(num_rows: int, hidden_size: int) -> Tensor:
 
     On a CPU rows that would lie a multiple of 8 cache lines apart lie one more line apart: they share a few sets of
     the L1 cache and would push each other out. There they also lie in 2 MB pages where Linux gives them: an expert's
-    rows are all over the matrix, and with 4 KB pages a token would wait for many address translations (docs/log.md).
+    rows are all over the matrix, and with 4 KB pages a token would wait for many address translations (docs/notebook).
     """
     if torch.get_default_device().type != "cpu":
         return torch.empty(num_rows, hidden_size)
