@@ -1,9 +1,9 @@
-"""What vLLM calls in every one of its processes: makes the ToMoE configs and architectures known.
+"""vLLM's entry point: registers the ToMoE configs and architectures. vLLM calls it in each of its processes.
 
-Registration is by name ("module:Class"), so nothing heavy is imported and no device is touched before
-vLLM builds a model. vLLM does not guard this call: an exception here would stop every vLLM on the machine,
-also one that serves another model. So a failure is logged in one line, and vLLM then refuses ToMoE models
-(with remote code allowed, the checkpoint's own config says why: ``_require_plugin_in_vllm``).
+Architectures are registered by name ("module:Class"), so no model code is imported and no device is initialized before
+vLLM builds a model. vLLM does not catch exceptions of plugins: one raised here would stop every vLLM process on the
+machine, including those that serve other models. A failure is therefore logged in one line, and vLLM then rejects ToMoE
+models (with remote code allowed, the checkpoint's own config explains it: ``_require_plugin_in_vllm``).
 """
 
 import logging
@@ -14,14 +14,14 @@ logger = logging.getLogger(__name__)
 
 
 def architectures() -> list[str]:
-    """Names in ``architectures`` of a ToMoE checkpoint's config.json: one per family, one class for all."""
+    """Architecture names of ToMoE checkpoints (``architectures`` in config.json), one per family."""
     from tomoe_vllm.hf.configuration_tomoe import CONFIG_CLASSES
 
     return [config.__name__.removesuffix("Config") + "ForCausalLM" for config in CONFIG_CLASSES.values()]
 
 
 def register() -> None:
-    """Register configs and architectures. Idempotent; never raises."""
+    """Register configs and architectures. Idempotent. Logs errors instead of raising them."""
     try:
         from vllm import ModelRegistry
 

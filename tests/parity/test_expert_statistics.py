@@ -161,8 +161,8 @@ def test_off_unless_asked_for(tmp_path):
     save_tiny_model(tmp_path, "llama")
     with start_engine(tmp_path, worker_extension_cls=STATISTICS["worker_extension_cls"]) as engine:
         assert engine.inspect(lambda model: model.model.layers[0].mlp.expert_gate.record) is None
-        (obstacle,) = start(engine)
-        assert "--additional-config '{\"tomoe_expert_statistics\": true}'" in obstacle
+        (reason,) = start(engine)
+        assert "--additional-config '{\"tomoe_expert_statistics\": true}'" in reason
 
 
 @pytest.mark.slow

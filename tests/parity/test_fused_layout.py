@@ -73,7 +73,7 @@ def test_two_ranks_share_out_every_expert(tmp_path, prompts):
     ("family", "fields", "options", "message"),
     [
         ("phi", {}, {}, "vLLM's fused MoE needs an MLP with a gate"),
-        ("llama", {"hidden_act": "gelu"}, {}, "only silu was tried in vLLM's fused MoE and hidden_act is 'gelu'"),
+        ("llama", {"hidden_act": "gelu"}, {}, "only silu was tested in vLLM's fused MoE and hidden_act is 'gelu'"),
         ("llama", {"hidden_size": 144}, {}, "vLLM's CPU kernel needs a hidden_size divisible by 32; it is 144"),
         ("llama", {}, {"enable_lora": True}, "LoRA adapters wrap vLLM's own linears"),
     ],

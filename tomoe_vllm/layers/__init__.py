@@ -1,1 +1,1 @@
-"""vLLM layers of ToMoE: they own tensor-parallel sharding and weight loading."""
+"""vLLM layers of ToMoE: each owns its tensor-parallel sharding and weight loading."""

@@ -1,6 +1,7 @@
-"""The norms of the decoder, with one calling convention, so that one decoder serves both kinds of family.
+"""The decoder's norms with one calling convention, so that one decoder class serves RMSNorm and LayerNorm families.
 
-``norm(x)``, or with a residual ``(norm(x + residual), x + residual)``. ``x``: [T, D].
+``x``: [T, D]. ``norm(x)`` returns the normed tensor; ``norm(x, residual)`` returns
+``(norm(x + residual), x + residual)``.
 """
 
 import torch
@@ -9,23 +10,23 @@ from vllm import _custom_ops as ops
 from vllm.model_executor.layers.layernorm import RMSNorm
 
 KERNEL_MULTIPLE = 8
-"""Widths that vLLM's kernel takes on CPUs: whole vectors of 8 elements, in every dtype."""
+"""vLLM's CPU kernel needs widths that are multiples of this: vectors of 8 elements in every dtype."""
 
 
 class ToMoERMSNorm(RMSNorm):
-    """vLLM's RMSNorm, on CPUs with vLLM's own compiled kernel, which it takes on GPUs only.
+    """vLLM's RMSNorm that uses vLLM's compiled kernel on CPUs too; vLLM itself uses plain torch there.
 
-    With a residual both tensors are overwritten, as on GPUs. In plain torch a norm makes four tensors of x's size and
-    takes 4 to 12 times as long (benchmarks/norms.py); and with nothing larger between them, as the shared layout has
-    it, glibc does not fill the holes they leave, so that a server grows (docs/notebook, 2026-11-26).
+    With a residual both tensors are overwritten, as on GPUs. In plain torch a norm allocates four tensors of the size
+    of x and takes 4 to 12 times as long (benchmarks/norms.py). In the shared layout, which allocates nothing larger in
+    between, these tensors also fragment glibc's heap, and the memory of a server grows (docs/notebook, 2026-11-26).
     """
 
     def forward_cpu(self, x: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
-        # Nothing here may depend on the number of tokens: a token's bits are those of one way.
+        # The choice of kernel must not depend on the number of tokens: results are bit-identical in every batch.
         is_plain = self.variance_size_override is None and self.weight.dtype == x.dtype
         if not is_plain or self.hidden_size % KERNEL_MULTIPLE:
             return self.forward_native(x, residual)
-        x = x.contiguous()  # the heads of several tokens lie apart in a fused projection
+        x = x.contiguous()  # heads that are views into a fused projection are not contiguous
         if residual is None:
             normed = torch.empty_like(x)
             ops.rms_norm(normed, x, self.weight.data, self.variance_epsilon)
@@ -36,7 +37,7 @@ class ToMoERMSNorm(RMSNorm):
 
 
 class ToMoELayerNorm(nn.LayerNorm):
-    """torch's LayerNorm."""
+    """torch's LayerNorm with the calling convention of this module."""
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
         if residual is None:

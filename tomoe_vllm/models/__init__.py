@@ -1,1 +1,1 @@
-"""vLLM models: they assemble. Layers own sharding and weight loading."""
+"""The vLLM model: it assembles layers. The layers own sharding and weight loading."""

@@ -1,7 +1,7 @@
-"""Loads a checkpoint so that every tensor is used exactly once, or says which was not.
+"""Loads a checkpoint strictly: every tensor is used exactly once, or an error names those that are not.
 
-vLLM's AutoWeightsLoader places the tensors. It ignores every unexpected ``.bias`` in silence and does not see
-that one part of a fused parameter never came (q of qkv), so names are checked here, on the checkpoint's side.
+vLLM's AutoWeightsLoader loads the tensors. It silently ignores unexpected ``.bias`` tensors and does not notice a
+missing part of a fused parameter (q of qkv), so the names of the checkpoint's tensors are checked here.
 """
 
 from collections.abc import Iterable, Iterator
@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper, is_pp_missing_parameter
 
 TIED_HEAD = "lm_head.weight"
-"""A tied checkpoint may hold it or not; vLLM's loader skips it where it is an alias."""
+"""Optional in a checkpoint with tied embeddings. vLLM's loader skips it there."""
 
 
 def checkpoint_names(model: nn.Module, packed_modules: dict[str, list[str]]) -> set[str]:
-    """Names that a checkpoint of ``model`` must hold: its parameters' names, with fused modules taken apart."""
+    """Tensor names that a checkpoint of ``model`` must contain: its parameters' names, with fused modules split."""
     names = set()
     for name, _ in model.named_parameters():
         module, _, parameter = name.rpartition(".")
@@ -33,12 +33,12 @@ def load_strictly(
     is_tied: bool,
     is_quantized: bool,
 ) -> set[str]:
-    """Load ``weights`` into ``model``; returns the names of the parameters loaded, as vLLM wants them.
+    """Load ``weights`` into ``model``. Returns the names of the loaded parameters, as vLLM expects.
 
-    A quantized checkpoint adds tensors of its method (scales, zero points) that only vLLM's loader knows, so
-    there the check covers the gates alone.
+    The tensors of a quantization method (scales, zero points) are known to vLLM's loader only, so in a quantized
+    checkpoint the check covers just the routers and masks (``expert_gate``, ``head_gate``).
 
-    Raises ``ValueError`` in one line that names missing, unused or repeated tensors.
+    Raises ``ValueError`` with one line that names missing, unused or repeated tensors.
     """
     expected = checkpoint_names(model, packed_modules)
     if is_quantized:

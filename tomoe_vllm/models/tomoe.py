@@ -1,12 +1,12 @@
-"""The ToMoE causal LM of vLLM: one decoder, assembled from a table of what the families do differently.
+"""The ToMoE causal LM for vLLM: one decoder for all model families, configured by a table of their differences.
 
-Everything that computes is a public layer of vLLM or one of ours in ``tomoe_vllm.layers``; module names are
-those of the Hugging Face reference model (q, k, v and gate, up fused), so weights map by a table. A family is
-one row of :data:`DECODERS`, beside its row in ``hf/configuration_tomoe.py``.
+The decoder is assembled from vLLM's public layers and those of ``tomoe_vllm.layers``. Module names are those of the
+Hugging Face reference model, with q, k, v and gate, up fused, so a table maps the weights. A family is one row of
+:data:`DECODERS` and one row in ``hf/configuration_tomoe.py`` (docs/adding_a_family.md).
 
-No ``from __future__ import annotations`` here: ``support_torch_compile`` reads annotations as types. The
-interface flags (LoRA, pipeline parallelism, quantization) must be declared in this file: vLLM caches what it
-found out about a model class by the hash of the one file that defines it.
+Two constraints of vLLM: no ``from __future__ import annotations``, because ``support_torch_compile`` reads annotations
+as types; and the interface flags (LoRA, pipeline parallelism, quantization) must be declared in this file, because vLLM
+caches its inspection of a model class by the hash of the file that defines the class.
 """
 
 from collections.abc import Iterable
@@ -42,7 +42,7 @@ from tomoe_vllm.models.loading import load_strictly
 
 @dataclass(frozen=True, kw_only=True)
 class Decoder:
-    """What one family does differently. A string names the boolean field of the config that says so."""
+    """Differences between families. A string is the name of a boolean config field; a bool is a constant."""
 
     qkv_bias: bool | str = False
     output_bias: bool | str = False
@@ -52,7 +52,7 @@ class Decoder:
     norm: type[nn.Module] = ToMoERMSNorm
     norm_eps: str = "rms_norm_eps"
     final_norm: str = "norm"
-    is_parallel: bool = False  # attention and MLP read the same LayerNorm and are added (Phi)
+    is_parallel: bool = False  # attention and MLP read the same normed input and are summed (Phi)
 
 
 DECODERS = {
@@ -71,7 +71,7 @@ DECODERS = {
         is_parallel=True,
     ),
 }
-"""By the ``model_type`` of the dense family."""
+"""Keyed by the ``model_type`` of the dense family."""
 
 
 def _is_set(config: PreTrainedConfig, value: bool | str) -> bool:
@@ -83,7 +83,7 @@ def _make_norm(config: PreTrainedConfig, family: Decoder) -> nn.Module:
 
 
 class ToMoEDecoderLayer(nn.Module):
-    """One block. Its state is a pair whose sum is the residual stream, as in vLLM's own models."""
+    """One decoder block. Its state is a pair of tensors whose sum is the residual stream, as in vLLM's own models."""
 
     def __init__(self, vllm_config: VllmConfig, prefix: str) -> None:
         super().__init__()
@@ -135,7 +135,7 @@ class ToMoEDecoderLayer(nn.Module):
     }
 )
 class ToMoEModel(nn.Module):
-    """Embeddings, blocks and final norm: the part that torch.compile sees."""
+    """Embeddings, decoder blocks and final norm: the part that torch.compile traces."""
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
@@ -185,7 +185,7 @@ class ToMoEModel(nn.Module):
 class ToMoEForCausalLM(nn.Module, SupportsLoRA, SupportsPP, SupportsQuant):
     """All ToMoE architectures: ``ToMoELlamaForCausalLM``, ``ToMoEPhiForCausalLM`` and so on.
 
-    Raises ``ValueError`` for what cannot work: an unsupported family, head size, activation or parallel size.
+    Raises ``ValueError`` for an unsupported family, head size, activation, layout or parallel size.
     """
 
     hf_to_vllm_mapper = WeightsMapper(
@@ -243,7 +243,7 @@ class ToMoEForCausalLM(nn.Module, SupportsLoRA, SupportsPP, SupportsQuant):
         return self.logits_processor(self.lm_head, hidden_states, self.lm_head.bias)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
-        """Place every tensor of the checkpoint exactly once; ``ValueError`` names what does not fit."""
+        """Load every tensor of the checkpoint exactly once. Raises ``ValueError`` naming tensors that do not fit."""
         return load_strictly(
             self,
             weights,
@@ -254,7 +254,7 @@ class ToMoEForCausalLM(nn.Module, SupportsLoRA, SupportsPP, SupportsQuant):
         )
 
     def process_weights_after_loading(self) -> None:
-        """vLLM calls this when everything is loaded."""
+        """Called by vLLM once all weights are loaded."""
         for module in self.modules():
             if isinstance(module, ToMoESharedMLP):
                 module.finish_loading()

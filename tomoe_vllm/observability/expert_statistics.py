@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from vllm.model_executor.models.utils import extract_layer_index
 
-from tomoe_vllm.layers.mlp.router import STATISTICS_SETTING, ToMoEExpertGate
+from tomoe_vllm.layers.mlp.router import STATISTICS_SETTING, ToMoERouter
 
 UNION_STEPS = 64
 """Over about so many recent steps the union of neurons is averaged: a step has one union, and one alone says little."""
@@ -107,7 +107,7 @@ class ExpertRecorder:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        mlps = [mlp for mlp in model.modules() if isinstance(getattr(mlp, "expert_gate", None), ToMoEExpertGate)]
+        mlps = [mlp for mlp in model.modules() if isinstance(getattr(mlp, "expert_gate", None), ToMoERouter)]
         gates = [mlp.expert_gate for mlp in mlps]
         if not gates:
             raise ValueError("this model has no expert gates: it is not a ToMoE checkpoint")

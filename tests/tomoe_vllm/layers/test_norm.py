@@ -1,4 +1,4 @@
-"""The decoder's norms against their formulas, in float64."""
+"""The decoder's norms against their formulas in float64."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ EPS = 1e-5
 
 @pytest.fixture(autouse=True)
 def vllm_config():
-    """Eager, where vLLM's compiled kernels run; torch.compile takes the plain form and fuses it."""
+    """Eager mode, which uses vLLM's compiled kernels; torch.compile uses plain torch and fuses it."""
     from vllm.config import CompilationConfig, VllmConfig, set_current_vllm_config
 
     with set_current_vllm_config(VllmConfig(compilation_config=CompilationConfig(custom_ops=["all"]))):
@@ -40,7 +40,7 @@ def test_rms_norm_equals_the_formula(tokens, hidden):
     norm, x, residual = make_norm(hidden), random(tokens, hidden), random(tokens, hidden, seed=2)
     before = x.clone()
     normed, total = norm(x), x + residual
-    assert torch.equal(x, before), "without a residual the input belongs to the caller"
+    assert torch.equal(x, before), "without a residual the input is not modified"
     with_residual, new_residual = norm(x, residual)
     assert normed.shape == with_residual.shape == (tokens, hidden)
     if tokens:
@@ -49,7 +49,7 @@ def test_rms_norm_equals_the_formula(tokens, hidden):
         assert torch.equal(new_residual, total)
 
 
-def test_no_tensor_is_made_where_there_is_a_residual():
+def test_with_a_residual_both_tensors_are_overwritten():
     norm, x, residual = make_norm(64), random(3, 64), random(3, 64, seed=2)
     outputs = norm(x, residual)
     assert [output.data_ptr() for output in outputs] == [x.data_ptr(), residual.data_ptr()]
@@ -61,7 +61,7 @@ def test_rows_do_not_depend_on_the_batch():
 
 
 def test_heads_of_a_fused_projection_do_not_depend_on_the_batch():
-    """Those of one token are contiguous, those of several are not: both must take one way."""
+    """Heads of one token are contiguous and those of several are not; both must use the same kernel."""
     norm, qkv = make_norm(64), random(9, 16 * 64)
     heads, alone = (rows[:, : 12 * 64].unflatten(-1, (-1, 64)) for rows in (qkv, qkv[4:5]))
     assert alone.is_contiguous()
@@ -70,13 +70,13 @@ def test_heads_of_a_fused_projection_do_not_depend_on_the_batch():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_lower_precision_is_that_of_the_output(dtype):
+def test_16_bit_norm_is_within_one_rounding_of_the_output(dtype):
     norm, x = make_norm(96, dtype), random(9, 96).to(dtype)
     assert_close(norm(x), expected(x, norm.weight), limit=0.5 * torch.finfo(dtype).eps)
 
 
 def test_heads_within_a_larger_tensor():
-    """q of a fused projection: its rows lie apart."""
+    """q is a strided view into a fused projection."""
     norm, qkv = make_norm(32), random(5, 4 * 32)
     heads = qkv[:, 32:96].unflatten(-1, (2, 32))
     assert_close(norm(heads), expected(heads, norm.weight))
@@ -84,8 +84,8 @@ def test_heads_within_a_larger_tensor():
 
 
 @pytest.mark.parametrize("part", ["x", "residual"])
-def test_rows_that_lie_apart(part):
-    """vLLM's kernel reads them as if they did not, and would not say so."""
+def test_strided_rows(part):
+    """vLLM's kernel assumes contiguous rows without checking."""
     norm, tensors = make_norm(64), {"x": random(3, 64), "residual": random(3, 64, seed=2)}
     total = tensors["x"] + tensors["residual"]
     tensors[part] = torch.cat([tensors[part], torch.full((3, 8), torch.nan)], dim=1)[:, :64]
@@ -95,13 +95,13 @@ def test_rows_that_lie_apart(part):
 
 
 def test_a_weight_of_another_dtype():
-    """vLLM's kernel takes one dtype."""
+    """vLLM's kernel needs input and weight of the same dtype."""
     norm, x = make_norm(96), random(9, 96).bfloat16()
     assert_close(norm(x), expected(x, norm.weight), limit=0.5 * torch.finfo(torch.bfloat16).eps)
 
 
 def test_a_norm_over_a_part_of_the_columns():
-    """vLLM's kernel has no such thing, and would not say so."""
+    """vLLM's kernel ignores ``var_hidden_size`` without an error."""
     from tomoe_vllm.layers.norm import ToMoERMSNorm
 
     norm, x = ToMoERMSNorm(64, eps=EPS, var_hidden_size=32), random(3, 64)

@@ -1,1 +1,1 @@
-"""Attention on pruned head dims: projections, rotary embedding, value mask and the layout of the KV cache."""
+"""Attention on pruned heads: projections, rotary embedding, value mask and KV cache layout."""

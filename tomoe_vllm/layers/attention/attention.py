@@ -1,14 +1,14 @@
-"""The attention of ToMoE on vLLM's linears, rotary embedding and attention backends.
+"""Attention of ToMoE, assembled from vLLM's linears, rotary embedding and attention backends.
 
-Dims that no token uses are cut out of the weights once they are loaded: the rows of pruned Q/K dims and, where the
-value mask is the same for all tokens, those of V and the columns of the output projection. Heads are padded with
-zeros to the size that the KV cache takes (``kv_layout.py``); zeros add nothing to q.k, and the scale stays that of
-the whole head. A value mask that depends on the token multiplies the attention output (eq. 4 read literally), so
-it leaves the cache alone.
+Dims that no token uses are removed from the weights after loading (``pruning.py``): the rows of pruned Q/K dims and,
+if the value mask is the same for all tokens, those of V and the columns of the output projection. Heads are padded
+with zeros to the head size of the KV cache (``kv_layout.py``). Zeros add nothing to q.k, and the softmax scale stays
+that of the whole head. A value mask that depends on the token multiplies the attention output (eq. 4, literally), so
+the cache keeps whole values.
 
-Where cutting is not exact, nothing is cut and masks multiply instead: q and k behind a norm over the whole head
-(Qwen-3); quantized checkpoints, and LoRA, whose tensors have the whole head's size; rotary embeddings that are more
-than a look-up.
+Where removal is not exact, heads stay whole and masks multiply instead: behind a norm over the whole head (q and k of
+Qwen-3), in quantized checkpoints, with LoRA (adapters have the size of whole heads), and with rotary embeddings that
+are more than a table look-up.
 """
 
 import torch
@@ -25,7 +25,7 @@ from vllm.platforms import current_platform
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 from tomoe_vllm.hf.configuration_tomoe import block_shape, family_of
-from tomoe_vllm.layers.attention.head_mask import ToMoEHeadGate
+from tomoe_vllm.layers.attention.head_mask import ToMoEHeadMask
 from tomoe_vllm.layers.attention.kv_layout import (
     CPU_HEAD_SIZES,
     KV_LAYOUTS,
@@ -34,8 +34,12 @@ from tomoe_vllm.layers.attention.kv_layout import (
     kept_widths,
     padded_widths,
 )
-from tomoe_vllm.layers.attention.pruned_linear import PrunedLinearMethod
-from tomoe_vllm.layers.attention.rotary import SelectedRotaryEmbedding, is_plain_rotary, rotation_order
+from tomoe_vllm.layers.attention.pruning import (
+    PrunedLinearMethod,
+    SelectedRotaryEmbedding,
+    is_plain_rotary,
+    rotation_order,
+)
 from tomoe_vllm.layers.norm import ToMoERMSNorm
 
 
@@ -43,8 +47,8 @@ class ToMoEAttention(nn.Module):
     """Self-attention of one layer.
 
     Raises ``ValueError`` for a tensor parallel size that does not divide the heads, a head size that the platform's
-    attention backend does not take (vLLM's CPU backend would fail at the first request), or a ``kv_layout`` that is
-    unknown or cannot be.
+    attention backend does not support (vLLM's CPU backend would fail at the first request only), or a ``kv_layout``
+    that is unknown or unavailable.
     """
 
     def __init__(
@@ -66,7 +70,7 @@ class ToMoEAttention(nn.Module):
         _check_heads(shape.num_heads, shape.num_kv_heads, tp_size)
         self.num_heads, self.num_kv_heads = shape.num_heads // tp_size, max(1, shape.num_kv_heads // tp_size)
 
-        self.head_gate = ToMoEHeadGate(config, layer_idx, f"{prefix}.head_gate")
+        self.head_gate = ToMoEHeadMask(config, layer_idx, f"{prefix}.head_gate")
         self.qkv_proj = QKVParallelLinear(
             shape.hidden_size,
             shape.head_dim,
@@ -76,8 +80,8 @@ class ToMoEAttention(nn.Module):
             quant_config=quant_config,
             prefix=f"{prefix}.qkv_proj",
         )
-        # The output projection keeps its family's name (o_proj, or dense in Phi): LoRA adapters and
-        # quantization configs name modules as Hugging Face does.
+        # The output projection keeps the name of its family (o_proj, or dense in Phi), because LoRA adapters and
+        # quantization configs refer to modules by their Hugging Face names.
         self.output_name = family_of(config).attention_out.rpartition(".")[2]
         output = RowParallelLinear(
             shape.num_heads * shape.head_dim,
@@ -96,16 +100,18 @@ class ToMoEAttention(nn.Module):
         )
 
         has_lora = get_current_vllm_config().lora_config is not None
-        is_cut = quant_config is None and not has_lora and is_plain_rotary(self.rotary_emb)
+        is_pruned = quant_config is None and not has_lora and is_plain_rotary(self.rotary_emb)
         whole = HeadWidths(query_key=shape.head_dim, value=shape.head_dim)
-        self.kept = kept_widths(config, layer_idx) if is_cut else whole
+        self.kept = kept_widths(config, layer_idx) if is_pruned else whole
+        # vLLM's linears create their quant_method themselves and take none as an argument, so it is replaced after
+        # construction, as in vLLM's own GateLinear. Only the work after loading differs from the original method.
         if self.kept != whole:
             self.qkv_proj.quant_method = PrunedLinearMethod(self._kept_rows)
             self.rotary_emb = SelectedRotaryEmbedding(self.rotary_emb, self.kept.query_key)
         if self.kept.value < shape.head_dim:
             output.quant_method = PrunedLinearMethod(self._kept_columns, is_column=True)
 
-        self.cached, backend = choose_cache(config, is_cut)
+        self.cached, backend = choose_cache(config, is_pruned)
         self.attn = Attention(
             self.num_heads,
             self.cached.query_key,
@@ -120,12 +126,12 @@ class ToMoEAttention(nn.Module):
         backend = self.attn.attn_backend
         if not backend.supports_head_size(self.cached.query_key):
             raise ValueError(
-                f"head_dim is {shape.head_dim}; vLLM's {backend.get_name()} attention backend takes "
+                f"head_dim is {shape.head_dim}; vLLM's {backend.get_name()} attention backend supports "
                 f"{', '.join(map(str, backend.get_supported_head_sizes()))}. Serve this model on another platform"
             )
 
     def forward(self, positions: Tensor, hidden_states: Tensor) -> Tensor:
-        """``positions``: [T]; [T, D] -> [T, D]."""
+        """Self-attention of T tokens. ``positions``: [T] int64; ``hidden_states``: [T, D]. Returns [T, D]."""
         qkv, _ = self.qkv_proj(hidden_states)
         query_key, value = self.kept.query_key, self.kept.value
         sizes = [self.num_heads * query_key, self.num_kv_heads * query_key, self.num_kv_heads * value]
@@ -133,7 +139,7 @@ class ToMoEAttention(nn.Module):
         if self.has_qk_norm:
             q = self.q_norm(q.unflatten(-1, (-1, self.head_dim))).flatten(-2)
             k = self.k_norm(k.unflatten(-1, (-1, self.head_dim))).flatten(-2)
-        if query_key == self.head_dim:  # nothing was cut
+        if query_key == self.head_dim:  # whole heads: the mask was not applied to the weights
             q, k = self.head_gate.mask_query_key(q), self.head_gate.mask_query_key(k)
         q, k = self.rotary_emb(positions, q, k)
         q, k = (_resize_heads(heads, query_key, self.cached.query_key) for heads in (q, k))
@@ -145,60 +151,62 @@ class ToMoEAttention(nn.Module):
         return output
 
     def _kept_rows(self) -> Tensor:
-        """Rows of this rank's qkv_proj that stay, in the order of the rotary embedding, which is told.
+        """Row indices kept in this rank's qkv_proj, [rows] int64. Also sets the dims of the rotary embedding.
 
-        Behind a norm heads are whole and rotated whole, and then that order is their own.
+        Behind a norm, heads are whole and keep all dims.
         """
-        gate = self.head_gate
-        every = torch.ones_like(gate.query_key_dims)
-        query_key_dims = gate.query_key_dims if self.kept.query_key < self.head_dim else every
+        head_mask = self.head_gate
+        all_dims = torch.ones_like(head_mask.query_key_dims)
+        query_key_dims = head_mask.query_key_dims if self.kept.query_key < self.head_dim else all_dims
         query_key = rotation_order(query_key_dims, self.rotary_dim)
         self.rotary_emb.select(query_key)
-        value = (gate.value_dims if self.kept.value < self.head_dim else every).nonzero().flatten()
+        value = (head_mask.value_dims if self.kept.value < self.head_dim else all_dims).nonzero().flatten()
         num_before = self.num_heads + self.num_kv_heads
         return torch.cat(
             [
-                self._of_all_heads(query_key, num_before),
-                num_before * self.head_dim + self._of_all_heads(value, self.num_kv_heads),
+                self._in_all_heads(query_key, num_before),
+                num_before * self.head_dim + self._in_all_heads(value, self.num_kv_heads),
             ]
         )
 
     def _kept_columns(self) -> Tensor:
-        """Columns of this rank's output projection that stay."""
-        return self._of_all_heads(self.head_gate.value_dims.nonzero().flatten(), self.num_heads)
+        """Column indices kept in this rank's output projection, [columns] int64."""
+        return self._in_all_heads(self.head_gate.value_dims.nonzero().flatten(), self.num_heads)
 
-    def _of_all_heads(self, dims: Tensor, num_heads: int) -> Tensor:
+    def _in_all_heads(self, dims: Tensor, num_heads: int) -> Tensor:
+        """Dims of one head, [C], as indices into ``num_heads`` whole heads: [num_heads * C]."""
         starts = torch.arange(num_heads, device=dims.device) * self.head_dim
         return (starts[:, None] + dims).flatten()
 
 
-def choose_cache(config: PreTrainedConfig, is_cut: bool) -> tuple[HeadWidths, type | None]:
+def choose_cache(config: PreTrainedConfig, is_pruned: bool) -> tuple[HeadWidths, type | None]:
     """Head sizes of the KV cache, the same in all layers, and the attention backend they need (None: vLLM's choice).
 
-    ``is_cut``: whether the layers cut what they prune. Raises ``ValueError`` for an unknown ``kv_layout`` of the
-    config, or ``diffkv`` where it cannot be.
+    ``is_pruned``: whether pruned dims are removed from the weights. Raises ``ValueError`` for an unknown ``kv_layout``
+    in the config, or for ``diffkv`` where it is unavailable.
     """
     layout = getattr(config, "kv_layout", "auto")
     if layout not in KV_LAYOUTS:
         raise ValueError(f"kv_layout is {layout!r}; it must be one of {', '.join(KV_LAYOUTS)}")
     if layout != "diffkv":
-        has_fixed_sizes = is_cut and current_platform.is_cpu()
+        has_fixed_sizes = is_pruned and current_platform.is_cpu()
         return padded_widths(config, CPU_HEAD_SIZES if has_fixed_sizes else ()), None
     if not current_platform.is_cuda():
         raise ValueError("kv_layout is 'diffkv', which needs an NVIDIA GPU; use 'auto' or 'padded'")
-    if not is_cut:
+    if not is_pruned:
         raise ValueError(
             "kv_layout is 'diffkv', but quantized checkpoints, LoRA and this rotary embedding keep whole heads; "
             "use 'auto' or 'padded'"
         )
     backend = AttentionBackendEnum.TRITON_ATTN_DIFFKV.get_class()
     widths = diffkv_widths(config)
+    # This backend keeps its value size on the class; vLLM's own models (mimo_v2, openpangu) set it the same way.
     backend.set_head_size_v(widths.value)
     return widths, backend
 
 
 def _resize_heads(heads: Tensor, width: int, size: int) -> Tensor:
-    """Each head with zeros up to ``size``, or without what is beyond: [T, H * width] -> [T, H * size]."""
+    """Pad each head with zeros, or truncate it: [T, H * width] -> [T, H * size]."""
     if width == size:
         return heads
     split = heads.unflatten(-1, (-1, width))

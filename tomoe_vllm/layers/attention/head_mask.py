@@ -1,4 +1,4 @@
-"""Which dims of its heads an attention layer uses: Q/K dims and static V/O dims, or each token's V/O dims."""
+"""The masks over the dims of attention heads: static Q/K dims, and V/O dims that are static or depend on the token."""
 
 import torch
 from torch import Tensor, nn
@@ -10,12 +10,14 @@ from tomoe_vllm.hf.tomoe_math import mask_heads
 from tomoe_vllm.kernels.value_mask import mask_values
 
 
-class ToMoEHeadGate(nn.Module):
-    """Masks over the dims of a head. All heads share them, so every tensor-parallel rank holds all of it.
+class ToMoEHeadMask(nn.Module):
+    """Masks over the dims of a head, shared by all heads and replicated on every tensor-parallel rank.
 
-    ``query_key_dims``, ``value_dims`` (vo_mode static): [A] uint8, the checkpoint's masks, with the same in the
-    model's dtype beside them. Until a checkpoint is loaded (vLLM's ``--load-format dummy`` leaves integers alone)
-    they keep dims of the right number.
+    ``query_key_dims``, ``value_dims`` (only with vo_mode "static"): [A] uint8, the checkpoint's masks;
+    ``query_key_mask``, ``static_value_mask``: [A], the same in the model's dtype. Before a checkpoint is loaded they
+    keep the right number of dims, so ``--load-format dummy``, which does not set integers, works too.
+
+    Raises ``ValueError`` while loading if a mask has another shape, dtype or number of dims than the config says.
     """
 
     query_key_mask: Tensor
@@ -29,7 +31,9 @@ class ToMoEHeadGate(nn.Module):
         self.vo_mode, self.top_k = config.vo_mode, config.vo_head_dims[layer_idx]
         num_query_key = config.qk_head_dims[layer_idx]
         self.widths = {"query_key_dims": num_query_key, "value_dims": self.top_k}
-        self._add_dims("query_key_dims", "query_key_mask", _some_units(num_query_key, shape.head_dim, shape.rotary_dim))
+        self._add_dims(
+            "query_key_dims", "query_key_mask", _initial_dims(num_query_key, shape.head_dim, shape.rotary_dim)
+        )
         if self.vo_mode == "static":
             self._add_dims("value_dims", "static_value_mask", torch.arange(shape.head_dim) < self.top_k)
         elif self.vo_mode == "dynamic":
@@ -57,12 +61,12 @@ class ToMoEHeadGate(nn.Module):
         self.register_buffer(mask_name, kept.to(torch.get_default_dtype()), persistent=False)
 
     def mask_query_key(self, heads: Tensor) -> Tensor:
-        """Zero the pruned dims of every head: [T, H * A] -> the same."""
+        """Zero the pruned Q/K dims of every head: [T, H * A] -> [T, H * A]."""
         is_whole = self.widths["query_key_dims"] == self.head_dim
         return heads if is_whole else mask_heads(heads, self.query_key_mask)
 
     def mask_value(self, attention: Tensor, hidden_states: Tensor) -> Tensor:
-        """Zero what each token's value mask drops: attention [T, H * A], hidden states [T, D] -> [T, H * A]."""
+        """Apply the value mask to the attention output (eq. 4). [T, H * A] and hidden states [T, D] -> [T, H * A]."""
         if self.vo_mode == "none" or self.top_k == self.head_dim:
             return attention
         if self.vo_mode == "static":
@@ -73,8 +77,8 @@ class ToMoEHeadGate(nn.Module):
         )
 
 
-def _some_units(width: int, head_dim: int, rotary_dim: int) -> Tensor:
-    """[A] bool with ``width`` ones: RoPE pairs, and as many single dims as there are besides."""
+def _initial_dims(width: int, head_dim: int, rotary_dim: int) -> Tensor:
+    """[A] bool with ``width`` ones: whole RoPE pairs, filled up with unrotated dims."""
     num_singles = min(width, head_dim - rotary_dim)
     num_singles -= (width - num_singles) % 2
     pairs = torch.arange(rotary_dim // 2) < (width - num_singles) // 2

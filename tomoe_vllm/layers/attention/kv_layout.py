@@ -1,12 +1,12 @@
-"""How wide keys and values lie in the KV cache: what the layers build, and what `tomoe inspect` says of it.
+"""Head sizes of keys and values in the KV cache, from the config alone. Used by the layers and by `tomoe inspect`.
 
-Pruned dims need no room, but a backend takes certain head sizes only, and the same for keys and values of all layers:
+Pruned dims need no cache, but a backend supports certain head sizes only, and the same ones in all layers:
 
-    padded   one size for both, zeros up to it: what every backend takes. Smaller than head_dim only where keys *and*
-             values of all layers fit a smaller size (values do if their mask is static), and on CPUs only
+    padded   one size for keys and values, padded with zeros; every backend supports it. It is smaller than head_dim
+             only on CPUs, and only if keys *and* values of all layers fit (values do if their mask is static)
     diffkv   vLLM's TRITON_ATTN_DIFFKV (CUDA): keys and values of different sizes
 
-``kv_layout`` of the config chooses; ``auto`` is ``padded``, until ``diffkv`` has been measured on a GPU.
+``kv_layout`` of the config chooses. ``auto`` means ``padded`` until ``diffkv`` has been measured on a GPU.
 """
 
 from dataclasses import dataclass
@@ -17,9 +17,9 @@ from tomoe_vllm.hf.configuration_tomoe import block_shape, family_of
 
 KV_LAYOUTS = ("auto", "padded", "diffkv")
 CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
-"""Head sizes of vLLM 0.32's CPU backend (a test compares them with its own list)."""
+"""Head sizes that vLLM's CPU backend supports. A test compares them with the installed vLLM."""
 DIFFKV_MULTIPLE, DIFFKV_SMALLEST = 16, 32
-"""Key sizes of diffkv: 16 is the depth of a tensor core's step and keeps rows aligned; the kernel takes 32 and up."""
+"""Key sizes of diffkv: multiples of 16 (the K of a tensor-core instruction; keeps rows aligned), at least 32."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -31,10 +31,9 @@ class HeadWidths:
 
 
 def kept_widths(config: PreTrainedConfig, layer_idx: int) -> HeadWidths:
-    """Dims that are left of a head of layer ``layer_idx`` once what nobody uses is cut off.
+    """Dims that remain of a head of layer ``layer_idx`` after unused dims are removed.
 
-    Values are whole unless their mask is the same for all tokens. So are queries and keys behind a norm (Qwen-3):
-    it reads the whole head.
+    Values stay whole unless their mask is static. Queries and keys stay whole behind a norm over the head (Qwen-3).
     """
     head_dim = block_shape(config).head_dim
     has_norm = not family_of(config).query.endswith("_proj")
@@ -50,7 +49,7 @@ def _widest(config: PreTrainedConfig) -> HeadWidths:
 
 
 def padded_widths(config: PreTrainedConfig, head_sizes: tuple[int, ...] = ()) -> HeadWidths:
-    """The one size of ``padded``: the smallest of ``head_sizes`` that holds every layer, or head_dim without such."""
+    """Size of ``padded``: the smallest of ``head_sizes`` that fits every layer, or head_dim if none does."""
     widest, head_dim = _widest(config), block_shape(config).head_dim
     needed = max(widest.query_key, widest.value)
     size = min((size for size in head_sizes if needed <= size < head_dim), default=head_dim)
@@ -58,13 +57,13 @@ def padded_widths(config: PreTrainedConfig, head_sizes: tuple[int, ...] = ()) ->
 
 
 def diffkv_widths(config: PreTrainedConfig) -> HeadWidths:
-    """The two sizes of ``diffkv``, the same for all layers."""
+    """Sizes of ``diffkv``, the same for all layers."""
     widest = _widest(config)
     rounded = -(-widest.query_key // DIFFKV_MULTIPLE) * DIFFKV_MULTIPLE
     return HeadWidths(query_key=max(DIFFKV_SMALLEST, rounded), value=widest.value)
 
 
 def values_per_token(config: PreTrainedConfig, widths: HeadWidths) -> int:
-    """Numbers that one token adds to the cache of all layers."""
+    """Number of values that one token adds to the KV cache, over all layers."""
     num_heads = block_shape(config).num_kv_heads * config.num_hidden_layers
     return num_heads * (widths.query_key + widths.value)

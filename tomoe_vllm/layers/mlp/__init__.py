@@ -1,1 +1,1 @@
-"""The MLP of ToMoE: its router, the three layouts of the experts, and the choice between them."""
+"""The MLP of ToMoE: the router, three layouts of the experts, and the choice between them."""

@@ -1,4 +1,4 @@
-"""Weights of an MLP as one row per neuron, copied into place as the checkpoint is read: no second copy."""
+"""MLP weights with one row per neuron. The checkpoint is copied into them while it is read: no second copy."""
 
 import torch
 from torch import Tensor, nn
@@ -9,16 +9,18 @@ from vllm.model_executor.utils import set_weight_attrs
 from tomoe_vllm.kernels.expert_mlp.weight_layout import empty_panels, empty_rows
 
 REORDERED_AT_A_TIME = 32
-"""Shares of a part's columns, each copied: small enough that malloc has memory for it and need not map it anew."""
+"""Number of column blocks that :meth:`NeuronRows.reorder` copies one by one, so that malloc can reuse its memory."""
 
 
 class NeuronRows(nn.Module):
-    """This rank's neurons of a projection, as rows.
+    """One projection of an MLP: this rank's neurons, as rows.
 
-    ``weight``: [parts * F / tp, D]; part 0 is the gate, part 1 up, where both are one module. On a CPU that of a
-    transposed projection (W_down) is [F / tp, panels, D / panels]. ``bias``: one value per row, or, of W_down, per
-    output: [D], held by every rank. ``is_staged``: all neurons on every rank, in host memory, as plain matrices, for a
-    layer that makes something else of them.
+    ``weight``: [parts * F / tp, D]. A fused projection has two parts: the gate, then up. On a CPU the weight of a
+    transposed projection (W_down) is [F / tp, panels, D / panels]. ``bias``: one value per row; for W_down one value
+    per output, [D], on every rank. ``is_staged``: all neurons on every rank, in host memory and as plain matrices, for
+    a layer that builds other tensors from them.
+
+    Raises ``ValueError`` while loading for a tensor of another shape than the config says.
     """
 
     def __init__(
@@ -51,16 +53,16 @@ class NeuronRows(nn.Module):
             set_weight_attrs(self.bias, {"weight_loader": self._load_bias})
 
     def _load_weight(self, parameter: nn.Parameter, loaded: Tensor) -> None:
-        self._place(parameter, loaded.T if self.is_transposed else loaded, getattr(loaded, "shard_id", 0))
+        self._copy_part(parameter, loaded.T if self.is_transposed else loaded, getattr(loaded, "shard_id", 0))
 
     def _load_bias(self, parameter: nn.Parameter, loaded: Tensor) -> None:
         if self.is_transposed:
             default_weight_loader(parameter, loaded)
         else:
-            self._place(parameter, loaded, getattr(loaded, "shard_id", 0))
+            self._copy_part(parameter, loaded, getattr(loaded, "shard_id", 0))
 
-    def _place(self, parameter: nn.Parameter, rows: Tensor, part: int) -> None:
-        """Copy this rank's neurons into part ``part`` (vLLM's mapper sets it: 0 the gate, 1 up)."""
+    def _copy_part(self, parameter: nn.Parameter, rows: Tensor, part: int) -> None:
+        """Copy this rank's neurons into part ``part`` (set by vLLM's weight mapper: 0 is the gate, 1 is up)."""
         expected = [self.num_neurons, self.hidden_size][: rows.ndim]  # a bias has no columns
         if list(rows.shape) != expected:
             raise ValueError(
@@ -71,7 +73,7 @@ class NeuronRows(nn.Module):
         target.copy_(rows.narrow(0, self.start, self.num_local).reshape(target.shape))
 
     def reorder(self, order: Tensor) -> None:
-        """Put this rank's neurons into another order, some columns at a time. ``order``: [F / tp] int64."""
+        """Permute this rank's neurons in place, a block of columns at a time. ``order``: [F / tp] int64."""
         per_row = [self.weight.data]
         if self.bias is not None and not self.is_transposed:
             per_row.append(self.bias.data[:, None])

@@ -1,4 +1,4 @@
-"""Which expert each token takes, and which neurons each expert keeps."""
+"""Routes each token to one expert, and holds the masks of the experts."""
 
 import torch
 from torch import Tensor, nn
@@ -12,13 +12,13 @@ from tomoe_vllm.kernels.expert_mlp.weight_layout import neuron_lists
 from tomoe_vllm.kernels.route import route
 
 STATISTICS_SETTING = "tomoe_expert_statistics"
-"""Key of vLLM's ``additional_config``: gates keep what they chose, for ``observability/expert_statistics.py``."""
+"""Key of vLLM's ``additional_config`` that makes routers record their choices (``observability/``)."""
 
 
 def make_record(num_experts: int) -> Tensor | None:
-    """A gate's buffer for the experts of one step: [most tokens of a step] uint8, or None where nobody asked.
+    """Buffer for the experts of one step's tokens: [maximum tokens per step] uint8. None if statistics are off.
 
-    Raises ``ValueError`` for more experts than a byte can name beside "none".
+    Raises ``ValueError`` for more than 255 experts: the value 255 means "not computed".
     """
     config = get_current_vllm_config()
     if not isinstance(config.additional_config, dict) or not config.additional_config.get(STATISTICS_SETTING):
@@ -29,15 +29,19 @@ def make_record(num_experts: int) -> Tensor | None:
     return torch.zeros(max(config.scheduler_config.max_num_batched_tokens, graph_tokens), dtype=torch.uint8)
 
 
-class ToMoEExpertGate(nn.Module):
-    """Routes tokens and holds the expert masks. The router is replicated, the neurons are sharded like gate_up.
+class ToMoERouter(nn.Module):
+    """Router and expert masks of one layer. The router is replicated; the masks are sharded like gate_up_proj.
 
-    ``signature``: [F / tp, ceil(N / 8)] uint8, the checkpoint's bits; ``expert_masks``: [N, F / tp] in the
-    model's dtype and ``neuron_ids``, ``widths`` (:func:`neuron_lists`), the same as the kernels read it. Until a
-    checkpoint is loaded (vLLM's ``--load-format dummy`` leaves integers alone) experts keep neurons of the right
-    number, all the same ones. ``is_sharded=False``: every rank holds all neurons.
-    ``record``: [most tokens of a step] uint8, the experts of the last step's tokens, or None where nobody asked for
-    them (:mod:`tomoe_vllm.observability.expert_statistics`).
+    ``router.weight``: [N, D] float32. ``signature``: [F / tp, ceil(N / 8)] uint8, the checkpoint's bits.
+    ``expert_masks``: [N, F / tp] in the model's dtype, and ``neuron_ids``, ``widths`` (:func:`neuron_lists`), the same
+    information in the form that the kernels read. ``record``: the buffer of :func:`make_record`.
+    ``is_sharded=False``: every rank holds the masks of all neurons.
+
+    Before a checkpoint is loaded all experts keep the same neurons, of the right number, so ``--load-format dummy``,
+    which does not set integers, works too.
+
+    Raises ``ValueError`` for a tensor parallel size that does not divide the neurons, and while loading for a signature
+    of another shape, dtype or number of neurons than the config says.
     """
 
     expert_masks: Tensor
@@ -60,7 +64,9 @@ class ToMoEExpertGate(nn.Module):
         num_local = self.num_neurons // tp_size if is_sharded else self.num_neurons
         self.start = get_tensor_model_parallel_rank() * num_local if is_sharded else 0
         self.router = nn.Linear(config.hidden_size, self.num_experts, bias=False, dtype=torch.float32)
-        masks = _spread(self.width, self.num_neurons).narrow(0, self.start, num_local).expand(self.num_experts, -1)
+        masks = (
+            _evenly_spaced(self.width, self.num_neurons).narrow(0, self.start, num_local).expand(self.num_experts, -1)
+        )
         signature = pack_signature(masks)
         self.signature = nn.Parameter(signature, requires_grad=False)
         set_weight_attrs(self.signature, {"weight_loader": self._load_signature})
@@ -88,22 +94,22 @@ class ToMoEExpertGate(nn.Module):
         self.neuron_ids, self.widths = neuron_lists(self.expert_masks)
 
     def reorder(self, order: Tensor) -> None:
-        """Put the neurons into another order, as somebody does with their weights. ``order``: [F / tp] int64."""
+        """Permute the neurons, as the layer permutes its weights. ``order``: [F / tp] int64."""
         self.signature.data.copy_(self.signature[order])
         self.expert_masks.copy_(self.expert_masks[:, order])
         self.neuron_ids, self.widths = neuron_lists(self.expert_masks)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        """Expert of each token: [T, D] -> [T] int64."""
+        """Expert of each token (eq. 3): [T, D] -> [T] int64."""
         return route(hidden_states, self.router.weight, self.record)
 
-    def keep(self, router_logits: Tensor) -> None:
-        """Record the experts where somebody else routes by these logits, [T, N]."""
+    def record_experts(self, router_logits: Tensor) -> None:
+        """Record the top-1 experts of ``router_logits`` [T, N], for layers in which vLLM's fused MoE routes."""
         if self.record is not None:
             self.record.narrow(0, 0, router_logits.shape[0]).copy_(router_logits.argmax(dim=-1))
 
 
-def _spread(width: int, num_neurons: int) -> Tensor:
-    """[F] bool with ``width`` ones at equal distances, so that tensor-parallel ranks have equal shares."""
+def _evenly_spaced(width: int, num_neurons: int) -> Tensor:
+    """[F] bool with ``width`` ones at equal distances, so that tensor-parallel ranks get equal shares."""
     steps = torch.arange(num_neurons + 1) * width // num_neurons
     return steps[1:] > steps[:-1]

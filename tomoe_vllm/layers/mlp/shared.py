@@ -1,7 +1,7 @@
-"""The MLP of ToMoE on weights of our own: one row per neuron, of which a token reads its expert's.
+"""The ``shared`` layout: one copy of the weights, one row per neuron. A token reads the rows of its expert only.
 
-The checkpoint's tensors are copied row by row into place, W_down transposed, as they are read: no second copy. What
-it gives up: quantization and LoRA, which know vLLM's linears only.
+The checkpoint's tensors are copied into this layout while they are read (W_down transposed), so there is no second copy
+of the weights. Quantization and LoRA do not apply: both work on vLLM's linears only.
 """
 
 from torch import Tensor, nn
@@ -14,13 +14,13 @@ from tomoe_vllm.kernels.expert_mlp import ExpertWeights, expert_mlp, path_of
 from tomoe_vllm.kernels.expert_mlp.triton.thresholds import load_thresholds
 from tomoe_vllm.kernels.expert_mlp.weight_layout import neuron_order
 from tomoe_vllm.layers.mlp.neuron_rows import NeuronRows
-from tomoe_vllm.layers.mlp.router import ToMoEExpertGate
+from tomoe_vllm.layers.mlp.router import ToMoERouter
 
 
 class ToMoESharedMLP(nn.Module):
-    """The modules are named as in the masked layout (``gate_up_proj`` and ``down_proj``, or ``fc1`` and ``fc2``).
+    """MLP of one layer. Its modules have the names of the masked layout: gate_up_proj and down_proj, or fc1 and fc2.
 
-    Raises ``ValueError`` for an unsupported activation or a tensor parallel size that does not divide the neurons.
+    Raises ``ValueError`` for an unsupported activation, or a tensor parallel size that does not divide the neurons.
     """
 
     def __init__(self, config: PreTrainedConfig, layer_idx: int, *, has_bias: bool, prefix: str) -> None:
@@ -29,7 +29,7 @@ class ToMoESharedMLP(nn.Module):
         self.has_bias = has_bias
         self.is_gated = block_shape(config).num_mlp_matrices == 3
         self.tp_size = get_tensor_model_parallel_world_size()
-        self.expert_gate = ToMoEExpertGate(config, layer_idx, f"{prefix}.expert_gate")
+        self.expert_gate = ToMoERouter(config, layer_idx, f"{prefix}.expert_gate")
         sizes = config.hidden_size, config.intermediate_size
         first, second = ("gate_up_proj", "down_proj") if self.is_gated else ("fc1", "fc2")
         self.add_module(first, NeuronRows(*sizes, num_parts=1 + self.is_gated, has_bias=has_bias))
@@ -37,26 +37,26 @@ class ToMoESharedMLP(nn.Module):
         self.weights = self._weights()
 
     def step_path(self, num_tokens: int) -> str:
-        """The way a step of ``num_tokens`` takes through the weights: ``shared_`` and the op's name for it."""
+        """Execution path of a step of ``num_tokens``, as metrics name it: ``shared_`` and the op's path."""
         return f"shared_{path_of(num_tokens, self.weights.thresholds, self.expert_gate.widths.device.type)}"
 
     @property
     def projections(self) -> tuple[NeuronRows, NeuronRows]:
-        """W_gate and W_up, and W_down."""
+        """W_gate and W_up (or W_up alone), and W_down."""
         return (self.gate_up_proj, self.down_proj) if self.is_gated else (self.fc1, self.fc2)
 
     def _weights(self) -> ExpertWeights:
-        """What the op takes; to be made again when a tensor of it is another one."""
-        (up, down), gate = self.projections, self.expert_gate
-        # The parameters' memory, not the parameters: it is not freed before what points into it.
+        """Arguments of the op. Must be rebuilt whenever one of its tensors is replaced."""
+        (up, down), router = self.projections, self.expert_gate
+        # .data: these tensors keep the weights' memory alive even if the parameters are replaced.
         up_bias = None if up.bias is None else up.bias.data
-        lists = gate.expert_masks, gate.neuron_ids, gate.widths
+        lists = router.expert_masks, router.neuron_ids, router.widths
         return ExpertWeights(up.weight.data, up_bias, down.weight.data, *lists, self.activation, load_thresholds())
 
     def finish_loading(self) -> None:
-        """Once the checkpoint is read: bring each expert's neurons together, which the CPU's kernels read faster.
+        """Permute the neurons after loading so that each expert's rows form few runs, which CPUs read faster.
 
-        Not on a GPU: there experts share tiles in L2 in any order, and nothing was measured.
+        Not on a GPU: experts share tiles in L2 in any order there, and no order was measured.
         """
         if current_platform.is_cpu():
             order = neuron_order(self.expert_gate.expert_masks)
@@ -65,7 +65,7 @@ class ToMoESharedMLP(nn.Module):
         self.weights = self._weights()
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        """[T, D] -> [T, D]."""
+        """MLP of T tokens: [T, D] -> [T, D]."""
         output = expert_mlp(hidden_states, self.expert_gate(hidden_states), self.weights)
         if self.tp_size > 1:
             output = tensor_model_parallel_all_reduce(output)

@@ -1,4 +1,4 @@
-"""Head sizes of the KV cache, from a config alone."""
+"""Head sizes of the KV cache, computed from a config."""
 
 import pytest
 
@@ -20,24 +20,24 @@ def widths(query_key: int, value: int) -> HeadWidths:
 @pytest.mark.parametrize(
     ("family", "fields", "padded", "diffkv"),
     [
-        pytest.param("llama", {"head_dim": 64}, 64, (32, 64), id="values of each token need the whole head"),
+        pytest.param("llama", {"head_dim": 64}, 64, (32, 64), id="value masks of each token need whole values"),
         pytest.param("llama", {"head_dim": 64, "vo_mode": "static"}, 32, (32, 32), id="all fit 32"),
         pytest.param(
             "llama",
             {"head_dim": 128, "vo_mode": "static", "qk_head_dims": [66, 8, 8], "vo_head_dims": [8, 72, 8]},
             80,
             (80, 72),
-            id="the widest layer counts, for keys and values apart",
+            id="the widest layer decides, for keys and values separately",
         ),
         pytest.param(
             "llama",
             {"head_dim": 128, "vo_mode": "static", "qk_head_dims": [114, 8, 8]},
             128,
             (128, 32),
-            id="no smaller size holds it",
+            id="no smaller size fits",
         ),
-        pytest.param("llama", {"head_dim": 64, "qk_head_dims": [8, 8, 8]}, 64, (32, 64), id="the kernel's smallest"),
-        pytest.param("qwen3", {"vo_mode": "static"}, 64, (64, 32), id="q and k behind a norm are whole"),
+        pytest.param("llama", {"head_dim": 64, "qk_head_dims": [8, 8, 8]}, 64, (32, 64), id="at least 32 for diffkv"),
+        pytest.param("qwen3", {"vo_mode": "static"}, 64, (64, 32), id="q and k behind a norm stay whole"),
     ],
 )
 def test_widths(family, fields, padded, diffkv):

@@ -68,8 +68,8 @@ def test_shared_layout_waits_for_the_doctor_and_obeys_it(monkeypatch, tmp_path):
     from tomoe_vllm.layers.mlp import layout as layer
 
     monkeypatch.setenv("TOMOE_CACHE_ROOT", str(tmp_path))
-    assert "run: tomoe doctor" in layer.obstacle_on_gpu("Some GPU")
+    assert "run: tomoe doctor" in layer.why_not_shared_on_gpu("Some GPU")
     verdict.write_verdict("Some GPU", ["gather, 3 tokens: error 0.2 of 0.01"])
-    assert "gather, 3 tokens" in layer.obstacle_on_gpu("Some GPU")
+    assert "gather, 3 tokens" in layer.why_not_shared_on_gpu("Some GPU")
     verdict.write_verdict("Some GPU", [])
-    assert layer.obstacle_on_gpu("Some GPU") is None
+    assert layer.why_not_shared_on_gpu("Some GPU") is None

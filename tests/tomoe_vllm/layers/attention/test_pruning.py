@@ -1,4 +1,4 @@
-"""A head without its pruned dims is rotated as the whole head is."""
+"""A pruned head is rotated exactly as the whole head is."""
 
 import pytest
 import torch
@@ -50,10 +50,10 @@ CASES = [
 
 
 def rotate(head_dim, rotary_dim, units, parameters):
-    """Whole heads rotated and then cut, and cut heads rotated."""
+    """Expected: whole heads rotated, then pruned. Returns the inputs of pruned heads and their rotary embedding too."""
     from vllm.model_executor.layers.rotary_embedding import get_rope
 
-    from tomoe_vllm.layers.attention.rotary import SelectedRotaryEmbedding, is_plain_rotary, rotation_order
+    from tomoe_vllm.layers.attention.pruning import SelectedRotaryEmbedding, is_plain_rotary, rotation_order
 
     rope = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": rotary_dim / head_dim} | parameters
     base = get_rope(head_dim, max_position=256, rope_parameters=rope, dtype=torch.float32)
@@ -64,40 +64,40 @@ def rotate(head_dim, rotary_dim, units, parameters):
     generator = torch.Generator().manual_seed(0)
     positions = torch.tensor([0, 3, 100, 255])
     heads = torch.randn(4, 3, head_dim, generator=generator)
-    cut = heads[..., order]
+    pruned = heads[..., order]
     expected = base.forward_native(positions, heads.flatten(1), None)[0].view(4, 3, -1)[..., order]
-    return positions, cut.flatten(1), expected.flatten(1), selected
+    return positions, pruned.flatten(1), expected.flatten(1), selected
 
 
 @pytest.mark.parametrize(("head_dim", "rotary_dim", "units", "parameters"), CASES)
-def test_cut_heads_are_rotated_as_whole_ones(head_dim, rotary_dim, units, parameters):
-    positions, cut, expected, selected = rotate(head_dim, rotary_dim, units, parameters)
-    queries, keys = selected.forward_native(positions, cut, cut)
+def test_pruned_heads_are_rotated_like_whole_heads(head_dim, rotary_dim, units, parameters):
+    positions, pruned, expected, selected = rotate(head_dim, rotary_dim, units, parameters)
+    queries, keys = selected.forward_native(positions, pruned, pruned)
     assert_close(queries, expected)
     assert_close(keys, expected)
-    queries, keys = selected.forward_cpu(positions, cut.clone(), cut.clone())
+    queries, keys = selected.forward_cpu(positions, pruned.clone(), pruned.clone())
     assert_close(queries, expected)
     assert_close(keys, expected)
 
 
 def test_tolerance_catches_a_neighbouring_frequency():
-    positions, cut, expected, selected = rotate(32, 32, [15, 3, 4], {})
+    positions, pruned, expected, selected = rotate(32, 32, [15, 3, 4], {})
     selected.select(torch.tensor([3, 5, 15, 19, 21, 31]))
-    assert not is_close(selected.forward_native(positions, cut, None)[0], expected)
+    assert not is_close(selected.forward_native(positions, pruned, None)[0], expected)
 
 
-def test_the_rotated_width_depends_on_the_number_of_dims_alone():
-    """Compiled graphs hold it as a constant, and their cache knows the config, not the masks."""
+def test_rotated_width_depends_only_on_the_number_of_kept_dims():
+    """Compiled graphs contain the width as a constant, and vLLM's compile cache depends on the config, not on masks."""
     for units in ([0, 1, 2, 3], [0, 1, 2, 20, 21], [0, 20, 21, 22, 23, 24, 25]):
         assert rotate(80, 32, units, {})[3].cos_sin_cache.shape == (256, 8)
 
 
 @pytest.mark.parametrize(("width", "head_dim", "rotary_dim"), [(6, 32, 32), (32, 32, 32), (33, 80, 32), (61, 80, 32)])
-def test_default_dims_are_whole_pairs_of_the_right_number(width, head_dim, rotary_dim):
-    from tomoe_vllm.layers.attention.head_mask import _some_units
-    from tomoe_vllm.layers.attention.rotary import rotation_order
+def test_initial_dims_are_whole_pairs_of_the_right_number(width, head_dim, rotary_dim):
+    from tomoe_vllm.layers.attention.head_mask import _initial_dims
+    from tomoe_vllm.layers.attention.pruning import rotation_order
 
-    kept = _some_units(width, head_dim, rotary_dim)
+    kept = _initial_dims(width, head_dim, rotary_dim)
     assert int(kept.sum()) == width
     assert torch.equal(kept[: rotary_dim // 2], kept[rotary_dim // 2 : rotary_dim])
     assert sorted(rotation_order(kept, rotary_dim).tolist()) == kept.nonzero().flatten().tolist()

@@ -1,4 +1,4 @@
-"""Which head sizes and backend the attention layer asks for, on platforms that are not here."""
+"""KV cache head sizes and attention backend that the layer chooses, on CPUs and on simulated GPUs."""
 
 import pytest
 
@@ -8,23 +8,23 @@ from tomoe_vllm.layers.attention.kv_layout import HeadWidths
 
 @pytest.fixture
 def nvidia(monkeypatch):
-    """vLLM's platform says that it is CUDA; no device is touched by what is tested."""
+    """Make vLLM's platform report CUDA. The tested code does not touch a device."""
     from vllm.platforms import current_platform
 
-    import tomoe_vllm.layers.attention.attention  # noqa: F401  (while the platform is what it is: vLLM's imports ask it)
+    import tomoe_vllm.layers.attention.attention  # noqa: F401  (first: vLLM's imports depend on the real platform)
 
     monkeypatch.setattr(type(current_platform), "is_cuda", lambda self: True)
     monkeypatch.setattr(type(current_platform), "is_cpu", lambda self: False)
 
 
-def choose(family="llama", *, is_cut=True, **fields):
+def choose(family="llama", *, is_pruned=True, **fields):
     from tomoe_vllm.layers.attention.attention import choose_cache
 
-    return choose_cache(tiny_config(family, **fields), is_cut)
+    return choose_cache(tiny_config(family, **fields), is_pruned)
 
 
 @pytest.mark.parametrize("layout", ["auto", "padded"])
-def test_on_a_gpu_padded_is_the_whole_head(nvidia, layout):
+def test_padded_layout_on_a_gpu_uses_whole_heads(nvidia, layout):
     assert choose(head_dim=64, vo_mode="static", kv_layout=layout) == (HeadWidths(query_key=64, value=64), None)
 
 
@@ -40,11 +40,11 @@ def test_diffkv_has_one_key_size_and_one_value_size(nvidia):
     assert (widths, backend.head_size_v) == (HeadWidths(query_key=80, value=72), 72)
 
 
-def test_diffkv_is_refused_where_heads_are_not_cut(nvidia):
+def test_diffkv_is_refused_where_heads_stay_whole(nvidia):
     with pytest.raises(ValueError, match=r"quantized checkpoints, LoRA .* keep whole heads; use 'auto' or 'padded'"):
-        choose(kv_layout="diffkv", is_cut=False)
+        choose(kv_layout="diffkv", is_pruned=False)
 
 
-def test_on_a_cpu_whole_heads_have_head_dim():
+def test_whole_heads_on_a_cpu_have_head_dim():
     assert choose(head_dim=64, vo_mode="static")[0] == HeadWidths(query_key=32, value=32)
-    assert choose(head_dim=64, vo_mode="static", is_cut=False)[0] == HeadWidths(query_key=64, value=64)
+    assert choose(head_dim=64, vo_mode="static", is_pruned=False)[0] == HeadWidths(query_key=64, value=64)
