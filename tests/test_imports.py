@@ -25,6 +25,7 @@ ALLOWED: dict[str, set[str]] = {
     "tomoe_vllm.diagnostics.bench": {
         "tomoe_vllm.diagnostics", "tomoe_vllm.kernels", "tomoe_vllm.hf", "tomoe_vllm.__version__", "vllm",
     },
+    "tomoe_vllm.diagnostics.bench.worker": {"tomoe_vllm.layers.norm", "vllm"},
     "tomoe_vllm.plugin": {"tomoe_vllm.models", "tomoe_vllm.hf", "vllm"},
     "tomoe_vllm.compat": {"vllm"},
     "tomoe_vllm.cli": {"tomoe_vllm", "tomoe_training", "tomoe_serving"},

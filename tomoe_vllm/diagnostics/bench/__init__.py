@@ -1,1 +1,1 @@
-"""``tomoe bench``: dense and ToMoE of the same base, interleaved, with this machine's limit beside them."""
+"""``tomoe bench``: speed and memory of a dense model and of ToMoE made from it, measured alternately."""

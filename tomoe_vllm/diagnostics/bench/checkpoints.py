@@ -1,7 +1,7 @@
-"""Checkpoints to measure: a random LLaMA of a given shape, and a ToMoE one of any dense folder with random gates.
+"""Checkpoints to measure: a random LLaMA of a given shape, and ToMoE with random gates for any dense model.
 
-Random routers send tokens to all experts about evenly, and random masks of equal width overlap as independent ones
-do: the hard case for reading few bytes. Speed does not depend on what the weights are otherwise.
+Random routers load all experts about evenly, and random masks overlap as independent ones do. This is the worst case:
+a batch then needs more of the weights than with trained experts. The values of the weights do not affect speed.
 """
 
 import json
@@ -20,7 +20,7 @@ NUM_EXPERTS, RANK = 8, 128
 
 
 def write_dense(shape: Shape, folder: Path) -> None:
-    """A LLaMA of ``shape`` with random weights (bfloat16 on disk, one file per layer)."""
+    """Write a LLaMA of ``shape`` with random weights (bfloat16 on disk, one file per layer)."""
     folder.mkdir(parents=True)
     config = LlamaConfig(
         vocab_size=shape.vocab_size,
@@ -67,7 +67,7 @@ def write_dense(shape: Shape, folder: Path) -> None:
 
 
 def write_tomoe(dense: Path, folder: Path) -> None:
-    """A ToMoE checkpoint of ``dense`` at p = 0.5 with random gates; the dense files are linked, not copied."""
+    """Write a ToMoE checkpoint of ``dense`` at p = 0.5 with random gates, with symbolic links to the dense files."""
     folder.mkdir(parents=True)
     base = AutoConfig.from_pretrained(dense)
     shape, layers = block_shape(base), base.num_hidden_layers

@@ -1,25 +1,42 @@
-"""Interleaved timing, and what this machine can do at best."""
+"""Interleaved timing, the machine it ran on, and the limits of that machine."""
 
+import datetime
+import os
 import random
 import statistics
 import time
 from collections.abc import Callable, Mapping
 from functools import partial
+from pathlib import Path
 
 import torch
 
 
-def interleave(ways: Mapping[str, Callable[[], object]], rounds: int, warm_up: int = 1) -> dict[str, list[float]]:
-    """Seconds of each way in each round. The ways take turns, so that noise hits them alike, in another order in each
-    round: what one leaves in the caches helps or hinders the next one.
+def machine() -> dict[str, str | int]:
+    """What a figure needs beside it: CPU, instruction set, cores and the date (UTC)."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return {
+        "cpu": names[0] if names else "unknown",
+        "isa": torch.backends.cpu.get_cpu_capability(),
+        "num_cores": len(os.sched_getaffinity(0)),
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+    }
+
+
+def interleave(calls: Mapping[str, Callable[[], object]], rounds: int, warm_up: int = 1) -> dict[str, list[float]]:
+    """Seconds of each call in each round.
+
+    All calls run once per round, so that noise affects them alike, and in a new random order in each round, because
+    what one call leaves in the caches speeds up or slows down the next one.
     """
-    samples: dict[str, list[float]] = {name: [] for name in ways}
-    order, shuffle = list(ways), random.Random(0).shuffle
+    samples: dict[str, list[float]] = {name: [] for name in calls}
+    order, shuffle = list(calls), random.Random(0).shuffle
     for round_ in range(-warm_up, rounds):
         shuffle(order)
         for name in order:
             start = time.perf_counter()
-            ways[name]()
+            calls[name]()
             if round_ >= 0:
                 samples[name].append(time.perf_counter() - start)
     return samples
@@ -32,9 +49,10 @@ def summary(samples: list[float], scale: float = 1.0) -> dict[str, float]:
 
 
 def read_bandwidth(num_bytes: int = 1 << 29) -> float:
-    """Bytes per second that this process reads from memory with all its threads: the best sweep of three readers.
+    """Bytes per second that this process reads from memory with all its threads.
 
-    vLLM's oneDNN linear with one row and with four, and torch's sum: which one reads fastest differs by processor.
+    The best time of three readers, since which of them is fastest depends on the processor: vLLM's oneDNN linear with
+    one row and with four rows, and torch's sum.
     """
     from vllm import _custom_ops as ops
     from vllm.platforms import current_platform
@@ -42,14 +60,14 @@ def read_bandwidth(num_bytes: int = 1 << 29) -> float:
     current_platform.import_kernels()
     matrix = torch.randn(num_bytes // 4 // 4096, 4096)
     handler = ops.create_onednn_mm(matrix.t(), 32)
-    ways: dict[str, Callable[[], object]] = {
+    readers: dict[str, Callable[[], object]] = {
         str(num_rows): partial(ops.onednn_mm, handler, torch.randn(num_rows, 4096), None) for num_rows in (1, 4)
     }
-    samples = interleave(ways | {"sum": matrix.sum}, 10)
+    samples = interleave(readers | {"sum": matrix.sum}, 10)
     return num_bytes / min(min(values) for values in samples.values())
 
 
 def gemm_rate(size: int = 2048) -> float:
-    """Float32 operations per second of a large square GEMM: the best of a few."""
+    """Float32 operations per second of a large square GEMM, at its best of seven times."""
     a, b = torch.randn(size, size), torch.randn(size, size)
     return 2 * size**3 / min(interleave({"gemm": lambda: a @ b}, 7)["gemm"])

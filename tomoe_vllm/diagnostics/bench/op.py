@@ -1,14 +1,14 @@
-"""The MLP op alone: ToMoE's against the dense MLP and against vLLM's fused MoE, as vLLM's CPU build runs them.
+"""The MLP op alone on CPUs: ToMoE's, the dense MLP and vLLM's fused MoE.
 
-dense   the layer that vLLM serves a dense model with: oneDNN on packed weights (UnquantizedLinearMethod), silu_and_mul
+dense   what vLLM runs for a dense model: oneDNN on packed weights (UnquantizedLinearMethod) and silu_and_mul
 shared  tomoe::expert_mlp on one copy of the weights
-masked  the dense layer with the expert's mask in its activation (the layout for quantized weights and LoRA)
-fused   vLLM's CPU fused MoE (isa "vec") over materialised experts: N/2 times the memory
+masked  the dense path with the expert's mask applied to the activation (the layout for quantized weights and LoRA)
+fused   vLLM's CPU fused MoE (isa "vec") over materialised experts, which take N/2 times the memory
 
-Several layers are walked in turn, as a model walks them: one layer alone would stay in the caches. Each way is at
-another layer, since some share their weights and would find them in a cache that the way before filled. The tokens'
-experts are drawn anew, too, the same ones for each way. The limit is max(bytes that must be read / bandwidth,
-operations / GEMM rate), with the bytes of the union of the experts touched.
+Consecutive calls use different layers, as in a model, since a single layer would stay in the caches. The paths are
+never at the same layer: some share their weights and would find them in a cache that another path has filled. Each
+call draws the experts of its tokens anew, with the same draws for every path. The limit is max(bytes of the union of
+the experts touched / bandwidth, operations / GEMM rate).
 """
 
 import math
@@ -32,15 +32,15 @@ from tomoe_vllm.kernels.expert_mlp.weight_layout import empty_panels, empty_rows
 
 NUM_TOKENS = (1, 2, 4, 8, 16, 64, 256, 1024)
 NUM_DRAWS = 32
-"""Of the tokens' experts: how many neurons these share, and in how many runs they lie, differs."""
+"""Draws of the tokens' experts; they differ in how many neurons the experts share and how contiguous these are."""
 WALKED_BYTES = 400 << 20
-"""Dense bytes of the layers walked in turn: many times the caches of a core."""
+"""Dense bytes of all layers in use: many times the size of a core's caches."""
 
 
 class Layer:
-    """One random layer, its weights held once by each way."""
+    """One layer with random weights, in the form that each path needs. All paths: [T, D] float32 -> [T, D] float32."""
 
-    def __init__(self, shape: Shape, generator: torch.Generator, ways: tuple[str, ...]) -> None:
+    def __init__(self, shape: Shape, generator: torch.Generator, paths: tuple[str, ...]) -> None:
         from vllm import _custom_ops as ops
 
         hidden, neurons, width = shape.hidden_size, shape.intermediate_size, shape.expert_width
@@ -48,15 +48,15 @@ class Layer:
         self.down = empty_panels(neurons, hidden).normal_(0, neurons**-0.5, generator=generator)
         order = torch.rand(shape.num_experts, neurons, generator=generator).argsort(dim=1)
         masks = torch.zeros(shape.num_experts, neurons).scatter_(1, order[:, :width], 1.0)
-        self.masks = masks[:, neuron_order(masks)]  # the layer orders weights too; these are random anyway
+        self.masks = masks[:, neuron_order(masks)]  # random weights need not be reordered with them
         self.neuron_ids, self.widths = neuron_lists(self.masks)
         lists = self.masks, self.neuron_ids, self.widths
         self.weights = ExpertWeights(self.up, None, self.down, *lists, "silu", load_thresholds())
         down = self.down.flatten(1)
         self.packed_up = ops.create_onednn_mm(self.up.contiguous().t(), 32)
         self.packed_down = ops.create_onednn_mm(down, 32)
-        if "fused" in ways:
-            padding = -width % 32  # the kernel takes whole multiples, and vLLM pads in the same way
+        if "fused" in paths:
+            padding = -width % 32  # the kernel needs whole multiples; vLLM pads in the same way
             gate, up, down = (
                 F.pad(torch.stack([rows[ids] for ids in self.neuron_ids.long()]), (0, 0, 0, padding))
                 for rows in (self.up[:neurons], self.up[neurons:], down)
@@ -94,49 +94,49 @@ Call = Callable[[Layer], Tensor]
 
 
 def draw_experts(num_experts: int, num_tokens: int, generator: torch.Generator) -> list[Tensor]:
-    """Random experts of ``num_tokens`` tokens, [T] int64, for the calls of a way in turn."""
+    """Random experts of ``num_tokens`` tokens, each [T] int64; consecutive calls of a path cycle through them."""
     return [torch.randint(num_experts, (num_tokens,), generator=generator) for _ in range(NUM_DRAWS)]
 
 
-def call_with(way: Callable[[Any, Tensor, Tensor], Tensor], x: Tensor, draws: list[Tensor]) -> Callable[[Any], Tensor]:
-    """``way(layer, x, expert_ids)`` with the next draw at each call."""
+def call_with(path: Callable[[Any, Tensor, Tensor], Tensor], x: Tensor, draws: list[Tensor]) -> Callable[[Any], Tensor]:
+    """``path(layer, x, expert_ids)`` with the next draw at each call."""
     drawn = cycle(draws)
-    return lambda layer: way(layer, x, next(drawn))
+    return lambda layer: path(layer, x, next(drawn))
 
 
-def make_layers(shape: Shape, ways: tuple[str, ...]) -> list[Layer]:
-    """As many layers as :data:`WALKED_BYTES` takes, at most those of the model."""
+def make_layers(shape: Shape, paths: tuple[str, ...]) -> list[Layer]:
+    """Layers of :data:`WALKED_BYTES` in all, at most as many as the model has."""
     from vllm.platforms import current_platform
 
     current_platform.import_kernels()
     generator = torch.Generator().manual_seed(0)
     count = max(1, min(shape.num_layers, round(WALKED_BYTES / shape.mlp_bytes)))
-    return [Layer(shape, generator, ways) for _ in range(count)]
+    return [Layer(shape, generator, paths) for _ in range(count)]
 
 
 def limit_seconds(shape: Shape, layer: Layer, expert_ids: Tensor, bandwidth: float, rate: float) -> float:
-    """What no implementation can undercut on this machine, for these tokens."""
+    """The time that no implementation can beat on this machine, for these tokens."""
     union = int((layer.masks[expert_ids.unique()].sum(dim=0) > 0).sum())
     num_bytes = 3 * 4 * shape.hidden_size * union
     operations = 2 * 3 * shape.hidden_size * float(layer.widths[expert_ids].sum())
     return max(num_bytes / bandwidth, operations / rate)
 
 
-def bench_op(shape: Shape, ways: tuple[str, ...] = ("dense", "shared", "masked", "fused")) -> dict:
-    """Milliseconds of each way at every number of tokens; checks first that all of them agree.
+def bench_op(shape: Shape, paths: tuple[str, ...] = ("dense", "shared", "masked", "fused")) -> dict:
+    """Milliseconds of each path at every number of tokens, measured once all paths gave the same result.
 
-    Raises ``RuntimeError`` without a C++ compiler, or if a way's result differs.
+    Raises ``RuntimeError`` without a C++ compiler, or if the result of a path differs.
     """
     if not build.load():
         raise RuntimeError("the CPU kernels could not be compiled, so there is nothing to compare; install g++")
     bandwidth, rate = read_bandwidth(), gemm_rate()
-    layers = make_layers(shape, ways)
+    layers = make_layers(shape, paths)
     generator = torch.Generator().manual_seed(1)
     rows = []
     for num_tokens in NUM_TOKENS:
         x = torch.randn(num_tokens, shape.hidden_size, generator=generator)
         draws = draw_experts(shape.num_experts, num_tokens, generator)
-        calls: dict[str, Call] = {way: call_with(getattr(Layer, way), x, draws) for way in ways}
+        calls: dict[str, Call] = {path: call_with(getattr(Layer, path), x, draws) for path in paths}
         check(calls, layers[0])
         samples = interleave(walk(calls, layers), rounds=rounds_of(shape, num_tokens), warm_up=2)
         row = {name: summary(values, 1e3) for name, values in samples.items()}
@@ -153,7 +153,7 @@ def bench_op(shape: Shape, ways: tuple[str, ...] = ("dense", "shared", "masked",
 
 
 def walk(calls: Mapping[str, Callable[[Any], Tensor]], layers: list) -> dict[str, Callable[[], Tensor]]:
-    """Each call on its next layer each time; they begin as far apart as the layers allow."""
+    """Each call, on its next layer each time; the calls begin at layers as far apart as possible."""
 
     def step(call: Callable[[Any], Tensor], start: int) -> Callable[[], Tensor]:
         order = cycle(layers[start:] + layers[:start])
@@ -163,19 +163,19 @@ def walk(calls: Mapping[str, Callable[[Any], Tensor]], layers: list) -> dict[str
 
 
 def rounds_of(shape: Shape, num_tokens: int) -> int:
-    """About two seconds per way, between 7 and 400 rounds."""
+    """About two seconds per path, between 7 and 400 rounds."""
     seconds = max(shape.mlp_bytes / 30e9, 6 * shape.hidden_size * shape.intermediate_size * num_tokens / 200e9)
     return max(7, min(400, math.ceil(2 / seconds)))
 
 
 def check(calls: dict[str, Call], layer: Layer) -> None:
-    """Raise ``RuntimeError`` if a way differs from the masked form (without it, from ToMoE's op)."""
+    """Raise ``RuntimeError`` if a path differs from the masked path (without it, from ToMoE's op)."""
     results = {name: call(layer) for name, call in calls.items() if name != "dense"}
     expected = results["masked" if "masked" in results else "shared"]
     for name, result in results.items():
         error = ((result - expected).square().mean().sqrt() / expected.square().mean().sqrt()).item()
         if not error < 1e-5:
-            raise RuntimeError(f"{name} differs from the masked form by {error:.1e} (relative RMS); not timed")
+            raise RuntimeError(f"{name} differs from the masked path by {error:.1e} (relative RMS); nothing was timed")
 
 
 def _line(row: dict) -> str:

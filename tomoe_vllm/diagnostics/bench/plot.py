@@ -1,11 +1,11 @@
-"""The measurements as one PNG: speed relative to dense, so that 1 is the dense model."""
+"""The measurements as one PNG: speed relative to the dense model, which is 1."""
 
 import sys
 from pathlib import Path
 
 
 def write_plot(results: dict, file: Path) -> None:
-    """One panel per measured part. Without matplotlib it says so and writes nothing."""
+    """Plot one panel per measured part. Without matplotlib it prints a message and writes nothing."""
     try:
         import matplotlib
     except ImportError:
@@ -30,7 +30,7 @@ def write_plot(results: dict, file: Path) -> None:
         axis.xaxis.set_major_formatter("{x:.0f}")
         axis.axhline(1, color="grey", linewidth=1)
         axis.set_ylim(bottom=0)
-    axes[0][0].set_ylabel("speed, dense = 1")
+    axes[0][0].set_ylabel("speed relative to dense")
     figure.suptitle(f"{Path(results['model']).name}, p = {results['active_ratio']}, float32, CPU")
     figure.tight_layout()
     figure.savefig(file, dpi=150)

@@ -1,11 +1,11 @@
-"""Sizes that are measured, LLaMA-like, with random weights."""
+"""Model shapes that can be measured: LLaMA-like, with random weights."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Shape:
-    """One model. The method's side: 8 experts, p = 0.5."""
+    """Sizes of a dense model, and of ToMoE made from it: 8 experts at p = 0.5."""
 
     hidden_size: int
     intermediate_size: int
@@ -23,7 +23,7 @@ class Shape:
 
     @property
     def mlp_bytes(self) -> int:
-        """float32 bytes of one layer's dense MLP."""
+        """Bytes of the dense MLP of one layer in float32."""
         return 3 * 4 * self.hidden_size * self.intermediate_size
 
 
@@ -46,7 +46,7 @@ SHAPES = {
 
 
 def shape_of(name: str) -> Shape:
-    """The shape called ``name``. Raises ``ValueError`` that names those there are."""
+    """The shape called ``name``. Raises ``ValueError`` with the known names if there is none."""
     if name not in SHAPES:
         raise ValueError(f"shape is {name!r}; it must be one of {', '.join(SHAPES)}")
     return SHAPES[name]

@@ -1,0 +1,17 @@
+"""Timing of tomoe bench: order of the calls and summary of the samples."""
+
+from tomoe_vllm.diagnostics.bench.measure import interleave, summary
+
+
+def test_calls_run_once_per_round_in_random_order_and_warm_up_is_not_counted():
+    order = []
+    samples = interleave({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, rounds=40, warm_up=10)
+    rounds = [order[i : i + 2] for i in range(0, len(order), 2)]
+    assert len(rounds) == 50
+    assert {tuple(sorted(pair)) for pair in rounds} == {("a", "b")}
+    assert 10 < rounds.count(["a", "b"]) < 40
+    assert [len(values) for values in samples.values()] == [40, 40]
+
+
+def test_summary_is_median_and_quartiles():
+    assert summary([1.0, 2.0, 3.0, 4.0, 5.0], 10) == {"median": 30.0, "low": 15.0, "high": 45.0}
