@@ -1,21 +1,11 @@
-"""Who may run now: seats for sequences, a bounded queue, and a promise of time per output token.
+"""Decides when each sequence may run: slots, a bounded queue and, with an SLO, a target for the time per output token.
 
-A request enters (:meth:`Admission.enter`) before its body is handled and is refused there with 429 if the queue
-is full. Each of its sequences then takes a seat (:meth:`Admission.seat`) when the engine is about to run it, first
-come first served, and gives it back at its end. Without ``slo_ms`` the seats are all there is.
+A request is queued (:meth:`AdmissionController.enqueue`) before vLLM handles it, or refused with 429 if the queue is
+full. Each of its sequences takes a slot (:meth:`AdmissionController.slot`) before the engine sees it, in order of
+arrival, and gives it back at its end. Without ``slo_ms`` a free slot is the only condition; with it those of
+:class:`TpotTarget` are added.
 
-With it three more things are kept:
-
-- *Stall.* While n sequences decode in D(n) ms a step, each may be promised ``slo_ms`` per token as long as others'
-  prefill takes at most the share 1 - D(n)/slo_ms of the time: T ms hold (T - stall)/D(n) steps, and
-  T / steps <= slo_ms is the same as stall <= T (1 - D(n)/slo_ms). So stall is a budget that time earns and a
-  prompt's prefill spends; a prompt waits until its own is earned, or, if it is a long one, leaves a debt.
-- *KV cache.* A sequence is seated only if its prompt and its token limit fit beside all others', so that none is
-  preempted and computed again. Its mean context adds to D(n).
-- *Slowdown.* Where tokens take longer than measured (the clients run on the same cores, another process came), all
-  measured times are multiplied by the median of real over modelled step time, learned from every token.
-
-Nothing here knows vLLM. All calls are made on one event loop.
+This module does not depend on vLLM. All calls are made on one event loop.
 """
 
 import asyncio
@@ -27,23 +17,20 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 
+from tomoe_serving.admission.slots import OutputMeans, QueueEntry, Slot, SlotPool
 from tomoe_serving.admission.step_time import StepTimes
+from tomoe_serving.admission.tpot_target import TpotTarget
 
-STALL_CAP = 4.0
-"""Most stall that time earns, in steps of ``slo_ms``: how much prefill may come in one burst."""
+GUESSED_TOKENS_PER_S = 100.0
+"""Output of a server whose step times were not measured; only Retry-After depends on it."""
 
-FIRST_SLOWDOWN, SLOWDOWN_STEP = 1.5, 0.01
-"""Slowdown before any token has come (real clients cost more than measured ones), and how far a token moves it."""
-
-TARGET_SHARE = 0.8
-"""Share of ``slo_ms`` that seating aims at: requests differ, and what is promised must hold for nearly all of them."""
-
-FIRST_GUESS_TOKENS = 128
-"""Output tokens of a request before any has finished."""
+_current_entry: ContextVar[QueueEntry | None] = ContextVar("_current_entry", default=None)
+"""Queue entry of the request that the current task serves. The middleware queues a request and vLLM's engine client
+takes its slots; between them are vLLM's handlers, which pass nothing of the request on."""
 
 
 class QueueFullError(Exception):
-    """No place left; ``retry_after_s`` is when the queue of now will have been seated."""
+    """The queue is full; in ``retry_after_s`` seconds all that wait now will have a slot."""
 
     def __init__(self, retry_after_s: int) -> None:
         super().__init__("the queue is full")
@@ -51,64 +38,21 @@ class QueueFullError(Exception):
 
 
 class AdmissionClosedError(Exception):
-    """The server stops: nobody is seated any more."""
+    """The server is stopping; no sequence gets a slot any more."""
 
 
 @dataclass(eq=False)
-class Place:
-    """A request inside the house: how many of its sequences have no seat yet."""
-
-    unseated: int
-
-
-@dataclass(eq=False)
-class Seat:
-    """One running call of the engine: ``sequences`` that share a prompt."""
-
-    sequences: int
-    prompt_tokens: int
-    max_tokens: int
-    place: Place | None = None
-    tokens: int = 0
-    first_arrival: tuple[int, float] = (0, 0.0)
-    last_arrival: float = 0.0
-
-    @property
-    def kv_tokens(self) -> int:
-        """Cache that all its sequences can need."""
-        return self.sequences * (self.prompt_tokens + self.max_tokens)
-
-    @property
-    def mean_context(self) -> float:
-        return self.sequences * (self.prompt_tokens + self.max_tokens / 2)
-
-    def produced(self, tokens: int, now: float) -> None:
-        """Count new output tokens."""
-        if not self.tokens:
-            self.first_arrival = (tokens, now)
-        self.tokens += tokens
-        self.last_arrival = now
-
-    @property
-    def tpot_ms(self) -> float | None:
-        """Time per output token after the first arrival; ``None`` where all came at once."""
-        first_tokens, first = self.first_arrival
-        later = (self.tokens - first_tokens) / self.sequences
-        return 1000 * (self.last_arrival - first) / later if later > 0 else None
-
-
-@dataclass(eq=False)
-class Admission:
-    """Seats, queue and promise; see the module.
+class AdmissionController:
+    """Slots and queue of one server; see the module.
 
     Attributes:
-        max_sequences: seats.
-        queue_size: sequences that may be inside without a seat, beyond the free seats.
-        times: measured step times; ``None`` makes Retry-After a guess and allows no ``slo_ms``.
-        slo_ms: time per output token to keep.
+        max_sequences: sequences that may run at once.
+        queue_size: sequences that may wait beyond the free slots.
+        times: measured step times; without them Retry-After is a guess.
+        slo_ms: target for the mean time per output token of each request; needs ``times``, else ``ValueError``.
         kv_capacity: tokens that the KV cache holds.
-        slowdown: real over measured time of a step without prefill, at least 1.
-        context: mean context of all seats, in tokens.
+        clock: seconds.
+        pending: sequences of accepted requests that do not hold a slot yet.
     """
 
     max_sequences: int
@@ -117,62 +61,53 @@ class Admission:
     slo_ms: float | None = None
     kv_capacity: int = 1 << 62
     clock: Callable[[], float] = time.monotonic
-    running: int = 0
-    unseated: int = 0
-    refused: int = 0
+    pending: int = 0
     is_closed: bool = False
-    seats: set[Seat] = field(default_factory=set)
-    mean_output_tokens: float = FIRST_GUESS_TOKENS
-    observed_tpot_ms: float | None = None
-    slowdown: float = FIRST_SLOWDOWN
-    context: float = 0.0
-    _waiting: deque[tuple[Seat, asyncio.Future[None]]] = field(default_factory=deque)
-    _stall_ms: float = 0.0
-    _stall_at: float = 0.0
+    means: OutputMeans = field(default_factory=OutputMeans)
+    _waiting: deque[tuple[Slot, asyncio.Future[None]]] = field(default_factory=deque)
     _timer: asyncio.TimerHandle | None = None
 
     def __post_init__(self) -> None:
-        if self.slo_ms is not None and self.times is None:
-            raise ValueError("an SLO needs measured step times")
-        self._stall_ms, self._stall_at = self._stall_cap_ms, self.clock()
+        self.slots = SlotPool(self.max_sequences, self.kv_capacity)
+        self.target: TpotTarget | None = None
+        if self.slo_ms is not None:
+            if self.times is None:
+                raise ValueError("an SLO needs measured step times")
+            self.target = TpotTarget(self.times, self.slo_ms, self.slots, self.clock)
 
     @contextlib.contextmanager
-    def enter(self, sequences: int = 1) -> Iterator[Place]:
-        """A place for a request of so many sequences, until the block ends. Raises :class:`QueueFullError`."""
-        free = max(0, self.max_sequences - self.running)
-        if self.unseated + sequences > self.queue_size + free:
-            self.refused += 1
+    def enqueue(self, sequences: int = 1) -> Iterator[QueueEntry]:
+        """Keep a request in the queue until the block ends. Raises :class:`QueueFullError`."""
+        if self.pending + sequences > self.queue_size + self.slots.free:
             raise QueueFullError(self.retry_after_s())
-        place = Place(sequences)
-        self.unseated += sequences
-        token = current_place.set(place)
+        entry = QueueEntry(sequences)
+        self.pending += sequences
+        token = _current_entry.set(entry)
         try:
-            yield place
+            yield entry
         finally:
-            self.unseated -= place.unseated
-            place.unseated = 0
-            current_place.reset(token)
+            self.pending -= entry.pending
+            entry.pending = 0
+            _current_entry.reset(token)
 
     @contextlib.asynccontextmanager
-    async def seat(self, *, sequences: int, prompt_tokens: int, max_tokens: int) -> AsyncIterator[Seat]:
-        """Wait for a seat and hold it until the block ends. Raises :class:`AdmissionClosedError`."""
-        seat = Seat(sequences, prompt_tokens, max_tokens, current_place.get())
-        await self._wait(seat)
+    async def slot(self, *, sequences: int, prompt_tokens: int, max_tokens: int) -> AsyncIterator[Slot]:
+        """Wait for a slot and hold it until the block ends. Raises :class:`AdmissionClosedError`."""
+        slot = Slot(sequences, prompt_tokens, max_tokens, _current_entry.get())
+        await self._wait(slot)
         try:
-            yield seat
+            yield slot
         finally:
-            self._leave(seat)
+            self._release(slot)
 
-    def produced(self, seat: Seat, tokens: int, now: float) -> None:
-        """Count a seat's new output tokens, of all its sequences, that came at ``now`` (the clock's seconds)."""
-        if self.slo_ms is not None and seat.tokens and tokens > 0:
-            step_ms = 1000 * (now - seat.last_arrival) * seat.sequences / tokens
-            is_slower = step_ms > self._decode_ms()
-            self.slowdown = max(1.0, self.slowdown * (1 + SLOWDOWN_STEP if is_slower else 1 - SLOWDOWN_STEP))
-        seat.produced(tokens, now)
+    def produced(self, slot: Slot, tokens: int, now: float) -> None:
+        """Count new output tokens of all sequences of a slot, which came at ``now`` (seconds of the clock)."""
+        if self.target is not None:
+            self.target.observe(slot, tokens, now)
+        slot.produced(tokens, now)
 
     def close(self) -> None:
-        """Seat nobody any more; who waits is told so."""
+        """Give out no more slots; waiting sequences get :class:`AdmissionClosedError`."""
         self.is_closed = True
         for _, future in self._waiting:
             if not future.done():
@@ -180,138 +115,82 @@ class Admission:
         self._waiting.clear()
 
     @property
-    def waiting(self) -> int:
-        """Sequences that wait for a seat."""
-        return sum(seat.sequences for seat, _ in self._waiting)
+    def running(self) -> int:
+        """Sequences that hold a slot."""
+        return self.slots.running
 
     @property
-    def kv_reserved(self) -> int:
-        return sum(seat.kv_tokens for seat in self.seats)
+    def waiting(self) -> int:
+        """Sequences that wait for a slot."""
+        return sum(slot.sequences for slot, _ in self._waiting)
 
     def capacity_tokens_per_s(self) -> float | None:
-        """Output tokens per second with every seat taken."""
+        """Output tokens per second while every slot is in use; ``None`` without measured step times."""
         return None if self.times is None else self.times.tokens_per_s(self.max_sequences)
 
     def retry_after_s(self) -> int:
-        """Seconds until all that wait now are seated, from the modelled rate at which seats become free."""
-        capacity = self.capacity_tokens_per_s() or 100.0
-        seats_per_s = capacity / max(1.0, self.mean_output_tokens)
-        return min(3600, max(1, math.ceil((self.unseated + 1) / seats_per_s)))
+        """Seconds until all that wait now have a slot, by the modelled rate at which slots become free."""
+        slots_per_s = (self.capacity_tokens_per_s() or GUESSED_TOKENS_PER_S) / max(1.0, self.means.tokens)
+        return min(3600, max(1, math.ceil((self.pending + 1) / slots_per_s)))
 
-    async def _wait(self, seat: Seat) -> None:
+    async def _wait(self, slot: Slot) -> None:
         if self.is_closed:
             raise AdmissionClosedError("the server is stopping")
-        if not self._waiting and self._fits(seat):
-            return self._take(seat)
         future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        entry = (seat, future)
-        self._waiting.append(entry)
+        waiting = (slot, future)
+        self._waiting.append(waiting)
         self._grant()
         try:
             await future
         except asyncio.CancelledError:
-            if seat in self.seats:  # seated and cancelled in the same turn of the loop
-                self._leave(seat)
-            elif entry in self._waiting:
-                self._waiting.remove(entry)
+            if slot in self.slots:  # granted and cancelled in the same iteration of the event loop
+                self._release(slot)
+            elif waiting in self._waiting:
+                self._waiting.remove(waiting)
                 self._grant()
             raise
 
-    def _take(self, seat: Seat) -> None:
-        self._earn()
-        if self.slo_ms is not None and self.seats:
-            self._stall_ms -= self._prefill_ms(seat)
-        self.seats.add(seat)
-        self.running += seat.sequences
-        self.context += seat.mean_context
-        if seat.place is not None:
-            seated = min(seat.place.unseated, seat.sequences)
-            seat.place.unseated -= seated
-            self.unseated -= seated
-
-    def _leave(self, seat: Seat) -> None:
-        self._earn()
-        self.seats.discard(seat)
-        self.running -= seat.sequences
-        self.context -= seat.mean_context
-        if seat.tokens:
-            self.mean_output_tokens += 0.1 * (seat.tokens / seat.sequences - self.mean_output_tokens)
-        if (tpot := seat.tpot_ms) is not None:
-            known = self.observed_tpot_ms
-            self.observed_tpot_ms = tpot if known is None else known + 0.1 * (tpot - known)
-        if not self.seats:
-            self._stall_ms = self._stall_cap_ms
-        self._grant()
-
     def _grant(self) -> None:
-        """Seat those at the head of the queue that fit; look again when the first one's stall is earned."""
+        """Give slots to the head of the queue. If it waits for prefill time only, try again when there is enough."""
+        if self.target is not None:
+            self.target.refill()
         while self._waiting:
-            seat, future = self._waiting[0]
-            if future.done():
-                self._waiting.popleft()
-            elif self._fits(seat):
-                self._waiting.popleft()
-                self._take(seat)
+            slot, future = self._waiting[0]
+            if not future.done():
+                if not self._fits(slot):
+                    break
+                self._take(slot)
                 future.set_result(None)
-            else:
-                break
+            self._waiting.popleft()
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-        if self._waiting and (delay := self._earned_in(self._waiting[0][0])) is not None:
-            self._timer = asyncio.get_running_loop().call_later(delay, self._grant)
+        if self._waiting and self.target is not None:
+            delay = self.target.seconds_until(self._waiting[0][0])
+            if delay is not None:
+                self._timer = asyncio.get_running_loop().call_later(delay, self._grant)
 
-    def _fits(self, seat: Seat) -> bool:
-        if not self.seats:
-            return True  # alone it may always run: larger than the seats is refused elsewhere
-        if self.running + seat.sequences > self.max_sequences:
+    def _fits(self, slot: Slot) -> bool:
+        if self.slots.is_empty:
+            return True  # alone anything may run: what exceeds the slots or the context was refused before
+        if slot.sequences > self.slots.free:
             return False
-        if self.slo_ms is None:
-            return True
-        if self.kv_reserved + seat.kv_tokens > self.kv_capacity:
-            return False
-        self._earn()
-        return self._decode_ms(seat) <= self._target_ms and self._stall_ms >= self._needed_ms(seat)
+        return self.target is None or self.target.fits(slot)
 
-    def _decode_ms(self, newcomer: Seat | None = None) -> float:
-        assert self.times is not None
-        sequences, context = (newcomer.sequences, newcomer.mean_context) if newcomer else (0, 0.0)
-        return self.slowdown * self.times.decode_ms(self.running + sequences, self.context + context)
+    def _take(self, slot: Slot) -> None:
+        if self.target is not None:
+            self.target.start(slot)
+        self.slots.add(slot)
+        if slot.entry is not None:
+            started = min(slot.entry.pending, slot.sequences)
+            slot.entry.pending -= started
+            self.pending -= started
 
-    def _prefill_ms(self, seat: Seat) -> float:
-        assert self.times is not None
-        return self.slowdown * self.times.prefill_ms(seat.prompt_tokens)
-
-    @property
-    def _target_ms(self) -> float:
-        return TARGET_SHARE * (self.slo_ms or 0.0)
-
-    @property
-    def _stall_cap_ms(self) -> float:
-        return STALL_CAP * self._target_ms
-
-    def _needed_ms(self, seat: Seat) -> float:
-        return min(self._prefill_ms(seat), self._stall_cap_ms)
-
-    def _rate(self) -> float:
-        """Stall earned per millisecond now."""
-        return max(0.0, 1 - self._decode_ms() / self._target_ms) if self.seats else 1.0
-
-    def _earn(self) -> None:
-        now = self.clock()
-        if self.slo_ms is not None:
-            earned = 1000 * (now - self._stall_at) * self._rate()
-            self._stall_ms = min(self._stall_cap_ms, self._stall_ms + earned)
-        self._stall_at = now
-
-    def _earned_in(self, seat: Seat) -> float | None:
-        """Seconds until the stall a seat needs is earned; ``None`` if that is not what it waits for."""
-        if self.slo_ms is None or (rate := self._rate()) <= 0:
-            return None
-        self._earn()
-        missing = self._needed_ms(seat) - self._stall_ms
-        return max(0.001, missing / rate / 1000) if missing > 0 else None
-
-
-current_place: ContextVar[Place | None] = ContextVar("current_place", default=None)
-"""The place of the request that the current task works for."""
+    def _release(self, slot: Slot) -> None:
+        if self.target is not None:
+            self.target.refill()
+        self.slots.remove(slot)
+        self.means.add(slot)
+        if self.target is not None and self.slots.is_empty:
+            self.target.bucket.fill()
+        self._grant()

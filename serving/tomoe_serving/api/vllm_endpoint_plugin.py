@@ -1,10 +1,10 @@
-"""The ``/v1/tomoe`` routes under bare ``vllm serve``, without the rest of ``tomoe serve``.
+"""The ``/v1/tomoe`` routes and the playground under bare ``vllm serve``.
 
-vLLM loads endpoint plugins only when VLLM_PLUGINS names them, and that variable is an allow-list for all plugins:
+vLLM loads endpoint plugins only if VLLM_PLUGINS names them. That variable is an allow-list of all plugins:
 
     VLLM_PLUGINS=tomoe,tomoe_endpoints vllm serve ./llama2-tomoe
 
-What only ``tomoe serve`` knows (queue, measured step time, SLO) is null in the answers.
+The queue, the measured step times and the SLO are null in the responses: only ``tomoe serve`` has them.
 """
 
 from argparse import Namespace
@@ -15,7 +15,7 @@ from fastapi import FastAPI
 
 
 class ToMoEEndpoints:
-    """vLLM's EndpointPlugin protocol."""
+    """Implements vLLM's EndpointPlugin protocol."""
 
     name = "tomoe_endpoints"
     required_tasks = ("generate",)
@@ -25,14 +25,14 @@ class ToMoEEndpoints:
         self.source: Any = None
 
     def attach_router(self, app: FastAPI) -> None:
-        """Routes; vLLM calls it before the engine client is known."""
-        from tomoe_serving.api.active_budget import budget_router
+        """Add the budget's route; vLLM calls this before the engine client exists."""
+        from tomoe_serving.api.compute_budget import budget_router
 
         self.app = app
         app.include_router(budget_router(lambda: self.source))
 
     async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:
-        """What the routes read. Raises ``ValueError`` for a model that is not a ToMoE checkpoint."""
+        """Set what the routes read. Raises ``ValueError`` for a model that is not a ToMoE checkpoint."""
         from tomoe_training.artifacts.inspection import inspect
 
         from tomoe_serving.api.experts import attach_experts

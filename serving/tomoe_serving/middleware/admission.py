@@ -1,40 +1,28 @@
-"""Innermost layer before vLLM's app: who gets in while the server drains, is dead, or is full."""
+"""Refuses requests while the server stops, after the engine has died, and when the queue is full."""
 
-from dataclasses import dataclass, field
 from typing import Any
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from tomoe_serving.admission.controller import Admission, QueueFullError
+from tomoe_serving.admission.controller import AdmissionController, QueueFullError
 from tomoe_serving.middleware.body import DECODED_BODY
 from tomoe_serving.middleware.errors import RequestRefusedError, send_error
+from tomoe_serving.server.state import ServerState
 
 GENERATION_PATHS = {"/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages"}
 ALWAYS_OPEN = {"/health", "/ready", "/metrics"}
 
 
-@dataclass
-class Condition:
-    """What the whole process is doing. ``generating`` counts open requests that use the engine."""
+class AdmissionMiddleware:
+    """Innermost layer around vLLM's app: 503 while draining or dead, 429 when the queue is full, with Retry-After.
 
-    is_warm: bool = False
-    is_draining: bool = False
-    is_dead: bool = False
-    generating: int = 0
-    drain_timeout: float = 30.0
-    refusals: dict[str, int] = field(default_factory=lambda: {"queue_full": 0, "draining": 0, "engine_dead": 0})
+    Args:
+        admission: its queue holds every request for generation while vLLM's app handles it.
+    """
 
-    @property
-    def is_ready(self) -> bool:
-        return self.is_warm and not self.is_draining and not self.is_dead
-
-
-class Gate:
-    """ASGI layer: 503 while draining or dead, 429 when the queue is full, each with Retry-After."""
-
-    def __init__(self, app: ASGIApp, *, condition: Condition, admission: Admission) -> None:
+    def __init__(self, app: ASGIApp, *, state: ServerState, admission: AdmissionController) -> None:
         self.app = app
-        self.condition = condition
+        self.state = state
         self.admission = admission
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -45,35 +33,37 @@ class Gate:
             if scope["method"] != "POST" or scope["path"] not in GENERATION_PATHS:
                 return await self.app(scope, receive, send)
             sequences = count_sequences(scope.get(DECODED_BODY))
-            if sequences > self.admission.queue_size + self.admission.max_sequences:
-                most = self.admission.queue_size + self.admission.max_sequences
-                raise RequestRefusedError(400, f"the request asks for {sequences} sequences, at most {most} can wait")
-            with self.admission.enter(sequences):
-                self.condition.generating += 1
+            largest = self.admission.queue_size + self.admission.max_sequences
+            if sequences > largest:
+                raise RequestRefusedError(
+                    400, f"the request has {sequences} sequences, at most {largest} fit in the queue"
+                )
+            with self.admission.enqueue(sequences):
+                self.state.generating += 1
                 try:
                     await self.app(scope, receive, send)
                 finally:
-                    self.condition.generating -= 1
+                    self.state.generating -= 1
         except QueueFullError as error:
-            self.condition.refusals["queue_full"] += 1
+            self.state.refusals["queue_full"] += 1
             wait = {"retry-after": str(error.retry_after_s)}
-            message = f"the server is full and {self.admission.unseated} sequences wait; try again in the given time"
+            message = f"the queue is full: {self.admission.pending} sequences wait; retry after {error.retry_after_s} s"
             await send_error(send, RequestRefusedError(429, message, headers=wait))
         except RequestRefusedError as error:
             await send_error(send, error)
 
     def _require_open(self) -> None:
-        condition = self.condition
-        if not (condition.is_dead or condition.is_draining):
+        state = self.state
+        if not (state.is_dead or state.is_draining):
             return
-        condition.refusals["engine_dead" if condition.is_dead else "draining"] += 1
-        reason = "the engine has died and the server restarts" if condition.is_dead else "the server is stopping"
-        wait = {"retry-after": str(max(1, round(condition.drain_timeout))), "connection": "close"}
-        raise RequestRefusedError(503, f"{reason}; try again later or elsewhere", headers=wait)
+        state.refusals["engine_dead" if state.is_dead else "draining"] += 1
+        reason = "the engine has died and the server restarts" if state.is_dead else "the server is stopping"
+        wait = {"retry-after": str(max(1, round(state.drain_timeout))), "connection": "close"}
+        raise RequestRefusedError(503, f"{reason}; retry later or on another server", headers=wait)
 
 
 def count_sequences(body: Any) -> int:
-    """Sequences that a request starts: prompts times ``n``. Nonsense counts as one: vLLM refuses it."""
+    """Sequences that a request starts: prompts times ``n``. An invalid body counts as one; vLLM refuses it."""
     if not isinstance(body, dict):
         return 1
     prompt, n = body.get("prompt"), body.get("n")

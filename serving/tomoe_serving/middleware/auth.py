@@ -13,7 +13,7 @@ OPEN_PREFIXES = ("/static/",)
 """What a probe, Prometheus and a browser fetch without a key. The page itself asks for the key."""
 
 
-class ApiKeys:
+class ApiKeyMiddleware:
     """ASGI layer: 401 unless ``Authorization: Bearer KEY`` (or ``x-api-key: KEY``) matches a hash.
 
     Args:

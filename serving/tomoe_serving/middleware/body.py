@@ -28,7 +28,7 @@ class ClientGoneError(Exception):
     """The client closed the connection before its body was read."""
 
 
-class Bodies:
+class BodyMiddleware:
     """ASGI layer that reads the body before the app is called.
 
     Args:

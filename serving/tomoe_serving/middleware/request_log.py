@@ -13,7 +13,7 @@ logger = logging.getLogger("tomoe_serving.access")
 _ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 
 
-class RequestLog:
+class RequestLogMiddleware:
     """ASGI layer. A client's X-Request-Id is kept if it is short and plain, else replaced; vLLM then uses it too.
 
     The id is sent back in X-Request-Id. The log line holds method, path, status, durations and sizes, and the

@@ -14,7 +14,7 @@ HEADER, VALUE = "x-tomoe-usage", "active-parameters"
 FIELD = "active_parameters_per_token"
 
 
-class ActiveParameters:
+class UsageMiddleware:
     """ASGI layer: adds :data:`FIELD` beside the token counts of every usage object of an answer."""
 
     def __init__(self, app: ASGIApp, *, active_parameters: int, always: bool) -> None:

@@ -1,12 +1,13 @@
-"""vLLM, behind the names that the rest of the server uses: the only file of ``serving`` that imports it.
+"""The engine and vLLM's app: the only module of this package that uses vLLM.
 
-vLLM's own app is built as ``vllm serve`` builds it, so its OpenAI routes are unchanged. What is ours is
-:class:`AdmittingLLM`, its engine client with seats: every sequence takes one before the engine sees it.
+vLLM's app is built as ``vllm serve`` builds it, so its OpenAI routes are unchanged. The engine client is
+:class:`AdmittingLLM`, in which every sequence takes a slot before the engine sees it.
 """
 
 import contextlib
 import hashlib
 import os
+import sys
 import time
 from argparse import Namespace
 from collections.abc import AsyncGenerator, AsyncIterator
@@ -34,87 +35,85 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.metrics.loggers import StatLoggerBase
 
 from tomoe_serving.admission.calibration import Stream
-from tomoe_serving.admission.controller import Admission, AdmissionClosedError
+from tomoe_serving.admission.controller import AdmissionClosedError, AdmissionController
 from tomoe_serving.admission.step_time import Limits
-from tomoe_serving.api.active_budget import BudgetSource, Capacity, InUse, cost_of
+from tomoe_serving.api.compute_budget import BudgetSource, Capacity, InUse, cost_of
 from tomoe_serving.server.memory import free_memory
 from tomoe_serving.server.settings import ServerSettings
 
 
 class AdmittingLLM(AsyncLLM):
-    """vLLM's client of its engine process; sequences take a seat of ``admission`` first, once there is one."""
+    """vLLM's client of its engine process, in which sequences wait for a slot of ``admission``.
 
-    admission: Admission | None = None
+    Attributes:
+        admission: replaced by the server once the engine's limits are known; before that nothing waits.
+        kv_usage: share of the KV blocks in use, 0 to 1.
+    """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.admission = AdmissionController(max_sequences=sys.maxsize, queue_size=0)
+        self.kv_usage = KvUsage()
         self.running_ids: set[str] = set()
-        super().__init__(*args, **kwargs)
+        super().__init__(*args, **kwargs | {"stat_loggers": [lambda *_: self.kv_usage]})
 
     def check_admission(self, n: int = 1, request_id: str | None = None) -> None:
-        """vLLM asks before a response is started; more sequences than seats could never run together."""
-        if self.admission is not None and n > self.admission.max_sequences:
-            most = self.admission.max_sequences
-            raise VLLMValidationError(f"n is {n}, but at most {most} sequences run at once here", parameter="n")
+        """Refuse more sequences than could ever run together; vLLM calls it before a response is started."""
+        most = self.admission.max_sequences
+        if n > most:
+            raise VLLMValidationError(f"n is {n}, but this server runs at most {most} sequences", parameter="n")
         super().check_admission(n, request_id)
 
     async def generate(
         self, prompt: Any, sampling_params: SamplingParams, request_id: str, **kwargs: Any
     ) -> AsyncGenerator[RequestOutput, None]:
-        """As vLLM's, after a seat was taken. The seat is given back when the caller stops reading, however."""
-        if self.admission is None:
-            async with contextlib.aclosing(super().generate(prompt, sampling_params, request_id, **kwargs)) as outputs:
-                async for output in outputs:
-                    yield output
-            return
-        n = sampling_params.n
-        seat_of = self.admission.seat(
-            sequences=n, prompt_tokens=_prompt_tokens(prompt), max_tokens=sampling_params.max_tokens or 1
+        """As vLLM's, while holding a slot. The slot is given back however the caller stops reading."""
+        held = self.admission.slot(
+            sequences=sampling_params.n,
+            prompt_tokens=_prompt_tokens(prompt),
+            max_tokens=sampling_params.max_tokens or 1,
         )
         is_delta = sampling_params.output_kind == RequestOutputKind.DELTA
         try:
-            async with seat_of as seat:
+            async with held as slot:
                 self.running_ids.add(request_id)
                 outputs = super().generate(prompt, sampling_params, request_id, **kwargs)
                 async with contextlib.aclosing(outputs):
                     async for output in outputs:
                         tokens = sum(len(each.token_ids) for each in output.outputs)
-                        new = tokens if is_delta else tokens - seat.tokens
-                        self.admission.produced(seat, new, time.monotonic())
+                        self.admission.produced(slot, tokens if is_delta else tokens - slot.tokens, time.monotonic())
                         yield output
         except AdmissionClosedError as error:
             raise GracefulHTTPError(str(error), HTTPStatus.SERVICE_UNAVAILABLE) from error
         finally:
             self.running_ids.discard(request_id)
 
-    async def cut(self) -> None:
-        """End every running request: its stream gets a last chunk with finish_reason "abort"."""
+    async def abort_all(self) -> None:
+        """End every running request; each stream gets a last chunk whose ``finish_reason`` is "abort"."""
         await self.abort(list(self.running_ids))
 
 
-class LastStats(StatLoggerBase):
-    """Keeps the share of KV blocks in use that the engine reported last."""
+class KvUsage(StatLoggerBase):
+    """Stat logger of vLLM that keeps the share of KV blocks in use that the engine reported last."""
 
-    kv_usage = 0.0
-
-    def __init__(self, vllm_config: Any, engine_index: int = 0) -> None:
-        pass
+    def __init__(self, vllm_config: Any = None, engine_index: int = 0) -> None:
+        self.share = 0.0
 
     def record(self, scheduler_stats: Any, iteration_stats: Any, mm_cache_stats: Any = None, engine_idx: int = 0):
-        """vLLM calls it after each step."""
+        """Called by vLLM after each step."""
         if scheduler_stats is not None:
-            LastStats.kv_usage = scheduler_stats.kv_cache_usage
+            self.share = scheduler_stats.kv_cache_usage
 
     def log_engine_initialized(self) -> None:
-        """Nothing to log."""
+        """Part of the interface."""
 
 
 class _Parser(FlexibleArgumentParser):
     def error(self, message: str) -> Any:
-        raise ValueError(f"vLLM's flags: {message}")
+        raise ValueError(f"flags for vLLM: {message}")
 
 
 def parse_engine_args(settings: ServerSettings, defaults: dict[str, object], limits: Limits | None) -> Namespace:
-    """vLLM's arguments: ``defaults``, over them the limits of an SLO, over all what the operator gave.
+    """vLLM's arguments: ``defaults``, overridden by the limits of an SLO, overridden by the operator's flags.
 
     Raises ``ValueError`` for flags that vLLM does not know.
     """
@@ -143,12 +142,11 @@ def parse_engine_args(settings: ServerSettings, defaults: dict[str, object], lim
 
 @contextlib.asynccontextmanager
 async def start_engine(args: Namespace) -> AsyncIterator[AdmittingLLM]:
-    """The engine in its own process, until the block ends. Raises what vLLM raises if it cannot start."""
+    """Run the engine in its own process until the block ends. Raises what vLLM raises if it cannot start."""
     config = AsyncEngineArgs.from_cli_args(args).create_engine_config(UsageContext.OPENAI_API_SERVER)
     client = AdmittingLLM.from_vllm_config(
         config,
         usage_context=UsageContext.OPENAI_API_SERVER,
-        stat_loggers=[LastStats],
         enable_log_requests=args.enable_log_requests,
         disable_log_stats=args.disable_log_stats,
     )
@@ -168,7 +166,7 @@ async def build_openai_app(client: AdmittingLLM, args: Namespace) -> FastAPI:
 
 
 def token_stream(client: AdmittingLLM) -> Stream:
-    """What calibration drives: greedy tokens of one prompt, counted as they come."""
+    """Greedy generation of one prompt for the measurement of step times."""
     numbers = count()
 
     async def stream(prompt: list[int], new_tokens: int) -> AsyncIterator[int]:
@@ -195,20 +193,20 @@ def kv_value_bytes(client: AsyncLLM) -> int:
 
 
 def parameter_bytes(client: AsyncLLM, facts: dict[str, Any]) -> float:
-    """Bytes of one parameter as it lies in memory."""
+    """Bytes of one parameter as it is stored in memory; the mean where the checkpoint is quantized."""
     if client.vllm_config.quant_config is not None:
         return facts["total_bytes"] / facts["total_parameters"]
     return float(client.model_config.dtype.itemsize)
 
 
 def step_limits(client: AsyncLLM) -> Limits:
-    """What the engine's own scheduler allows."""
+    """Limits of vLLM's scheduler."""
     scheduler = client.vllm_config.scheduler_config
     return Limits(scheduler.max_num_seqs, scheduler.max_num_batched_tokens)
 
 
 def profile_key(settings: ServerSettings, facts: dict[str, Any]) -> dict[str, object]:
-    """What a measured step time depends on."""
+    """What measured step times depend on."""
     config = (settings.checkpoint / "config.json").read_bytes()
     return {
         "checkpoint": hashlib.sha256(config).hexdigest()[:16] + f"-{facts['total_bytes']}",
@@ -227,18 +225,18 @@ def memory_needed(args: Namespace, facts: dict[str, Any]) -> int:
 
 
 def memory_available() -> int:
-    """Bytes that this process may still take on the device."""
+    """Bytes that this process can still allocate on the device."""
     return free_memory() if current_platform.is_cpu() else torch.cuda.mem_get_info()[0]
 
 
 def _prompt_tokens(prompt: Any) -> int:
-    """Length of a prompt as vLLM's renderer gives it; 1 where it holds no ids."""
+    """Length of a prompt that vLLM has tokenized; 1 if it holds no token ids."""
     ids = prompt.get("prompt_token_ids") if isinstance(prompt, dict) else None
     return len(ids) if ids else 1
 
 
 def bare_budget(client: AsyncLLM, args: Namespace, facts: dict[str, Any]) -> BudgetSource:
-    """The budget under bare ``vllm serve``: what vLLM itself knows, without admission or measurement."""
+    """The budget under bare ``vllm serve``, where there is no admission and nothing was measured."""
     limits = step_limits(client)
     capacity = Capacity(
         max_sequences=limits.max_sequences,

@@ -1,9 +1,11 @@
-"""From settings to a listening server and out again: start, ready, drain, death.
+"""Life cycle of the server: start, ready, draining, end.
 
-Start: the port is bound but not open until the engine has generated a token, so what cannot be served is refused
-before anybody connects. SIGTERM or Ctrl-C: new requests get 503, running ones ``drain_timeout`` seconds; what is
-left is cut with a last chunk. The engine's death: readiness is off at once, open requests get an error, the
-process exits with 1 so that a supervisor starts it again.
+- Start: the port is bound at once but accepts connections only after the engine has generated a token. A checkpoint
+  that cannot be served therefore ends the process before a client connects.
+- SIGTERM or Ctrl-C: new requests get 503, open ones have ``drain_timeout`` seconds. Those still open then are aborted,
+  and their streams get a last chunk.
+- Death of the engine: readiness is off at once, open requests get an error, and the process exits with 1, so that a
+  supervisor restarts it.
 """
 
 import asyncio
@@ -18,32 +20,35 @@ from typing import Any
 import uvloop
 
 from tomoe_serving.admission.calibration import measure_step_times
-from tomoe_serving.admission.controller import Admission
+from tomoe_serving.admission.controller import AdmissionController
 from tomoe_serving.admission.step_time import Limits, Profile, StepTimes, limits_for
-from tomoe_serving.api.active_budget import admitted_source, cost_of, register_metrics
+from tomoe_serving.api.compute_budget import admitted_source, cost_of
 from tomoe_serving.api.experts import ENGINE_ARGUMENTS
-from tomoe_serving.middleware.admission import Condition
+from tomoe_serving.api.server_metrics import register_metrics
 from tomoe_serving.server import engine
-from tomoe_serving.server.app import add_routes, wrap
+from tomoe_serving.server.app import add_layers, build_app
 from tomoe_serving.server.listen import FLUSH_SECONDS, Server, bind, make_server
 from tomoe_serving.server.logs import configure_logging
 from tomoe_serving.server.memory import require_memory
 from tomoe_serving.server.settings import ServerSettings
+from tomoe_serving.server.state import ServerState
 
-logger = logging.getLogger("serving")
+logger = logging.getLogger(__name__)
 
 WATCH_SECONDS = 0.05
-"""How often the engine's death is looked for. vLLM offers no event; the check is one attribute."""
+"""Interval of the check whether the engine has died. vLLM has no event for it; the check reads one attribute."""
 
 
 def run_server(settings: ServerSettings, facts: dict[str, Any]) -> int:
-    """Serve until told to stop; returns the exit code. Raises ``ValueError`` or ``OSError`` for what cannot be served.
+    """Serve until a signal or the engine's death; returns the exit code.
 
     Args:
-        facts: what ``tomoe inspect`` says about the checkpoint.
+        facts: the checkpoint's, as ``tomoe inspect`` prints them.
+
+    Raises ``ValueError`` for what cannot be served, ``OSError`` for a port that cannot be bound.
     """
     configure_logging(settings.log_format, settings.log_level)
-    signal.signal(signal.SIGTERM, _interrupt)  # while loading: the event loop is busy then
+    signal.signal(signal.SIGTERM, _interrupt)  # while loading, when the event loop is busy
     with bind(settings.host, settings.port) as sock:
         return uvloop.run(_serve(settings, facts, sock))  # as vllm serve does
 
@@ -55,8 +60,8 @@ def _interrupt(*_: object) -> None:
 async def _serve(settings: ServerSettings, facts: dict[str, Any], sock: socket.socket) -> int:
     async with _measured_engine(settings, facts) as (client, args, times):
         limits = engine.step_limits(client)
-        condition = Condition(drain_timeout=settings.drain_timeout)
-        admission = Admission(
+        state = ServerState(drain_timeout=settings.drain_timeout)
+        admission = AdmissionController(
             max_sequences=limits.max_sequences,
             queue_size=settings.queue_size,
             times=times,
@@ -65,29 +70,28 @@ async def _serve(settings: ServerSettings, facts: dict[str, Any], sock: socket.s
         )
         await _generate_one(client)
         client.admission = admission
-        condition.is_warm = True
-        app = await engine.build_openai_app(client, args)
+        state.is_warm = True
+        vllm_app = await engine.build_openai_app(client, args)
         cost = cost_of(facts, engine.parameter_bytes(client, facts), engine.kv_value_bytes(client))
         budget = admitted_source(
             args.served_model_name[0],
             cost,
             admission,
-            condition,
+            state,
             max_step_tokens=limits.max_step_tokens,
             kv_tokens=engine.kv_capacity(client),
-            kv_usage=lambda: engine.LastStats.kv_usage,
+            kv_usage=lambda: client.kv_usage.share,
         )
         register_metrics(budget)
-        add_routes(app, settings=settings, condition=condition, budget=budget, engine_client=client)
-        wrapped = wrap(
-            app,
+        app = add_layers(
+            build_app(vllm_app, settings=settings, state=state, budget=budget, engine_client=client),
             settings=settings,
-            condition=condition,
+            state=state,
             admission=admission,
             active_parameters=cost.active_parameters,
             max_model_len=client.model_config.max_model_len,
         )
-        return await Lifecycle(client, condition, admission, make_server(wrapped, settings)).run(sock)
+        return await Lifecycle(client, state, admission, make_server(app, settings)).run(sock)
 
 
 @contextlib.asynccontextmanager
@@ -96,13 +100,13 @@ async def _measured_engine(
 ) -> AsyncIterator[tuple[engine.AdmittingLLM, Any, StepTimes | None]]:
     """An engine, its arguments and its step times.
 
-    With an SLO the limit of tokens per step follows from the step times, and vLLM takes it only when it starts:
-    where no profile holds them, one engine is started to measure and stopped, and a second one serves.
+    With an SLO the engine's limits follow from the step times, and vLLM takes limits only when it starts. Without a
+    profile a first engine is therefore started for the measurement, and a second one serves.
     """
     slo = settings.tpot_slo_ms
     profile = _stored_profile(settings, facts)
     if slo and not profile and not settings.measure:
-        raise ValueError("--tpot-slo-ms needs the step time: leave out --no-measure, or name a --profile")
+        raise ValueError("--tpot-slo-ms needs measured step times: omit --no-measure, or give a --profile")
     if slo and not profile:
         async with _engine(settings, facts, None) as (client, _):
             profile = await _measure(client, settings, facts)
@@ -112,7 +116,10 @@ async def _measured_engine(
             profile.times, slo, max_sequences=profile.times.decode[-1][0], max_step_tokens=profile.times.prefill[-1][0]
         )
         logger.info(
-            "%g ms per token: %d sequences, %d tokens a step", slo, limits.max_sequences, limits.max_step_tokens
+            "%g ms per token: at most %d sequences, %d tokens per step",
+            slo,
+            limits.max_sequences,
+            limits.max_step_tokens,
         )
     async with _engine(settings, facts, limits) as (client, args):
         if not profile and settings.measure:
@@ -163,11 +170,11 @@ class Lifecycle:
     """Runs the server until a signal or the engine's death ends it."""
 
     client: engine.AdmittingLLM
-    condition: Condition
-    admission: Admission
+    state: ServerState
+    admission: AdmissionController
     server: Server
     _signal: int = 0
-    _cut_now: asyncio.Event = field(default_factory=asyncio.Event)
+    _abort_now: asyncio.Event = field(default_factory=asyncio.Event)
 
     async def run(self, sock: socket.socket) -> int:
         """Serve; returns the exit code: 0 after SIGTERM, 130 after Ctrl-C, 1 if the engine died."""
@@ -189,15 +196,15 @@ class Lifecycle:
         stopping.cancel()
         self.server.should_exit = True
         await serving
-        if self.condition.is_dead:
+        if self.state.is_dead:
             return 1
         return 130 if self._signal == signal.SIGINT else 0
 
     def _stop(self, stop: asyncio.Event, number: int) -> None:
         if stop.is_set():
-            self._cut_now.set()
+            self._abort_now.set()
         self._signal = number
-        self.condition.is_draining = True
+        self.state.is_draining = True
         stop.set()
 
     async def _death(self) -> None:
@@ -205,30 +212,30 @@ class Lifecycle:
             await asyncio.sleep(WATCH_SECONDS)
 
     async def _drain(self, watching: asyncio.Task[None]) -> None:
-        """Wait for open requests; cut what is left at the deadline or at a second signal."""
-        logger.info("draining: %d requests are open", self.condition.generating)
-        hurry = asyncio.create_task(self._cut_now.wait())
+        """Wait for open requests; abort those left at the deadline or at a second signal."""
+        logger.info("draining: %d requests are open", self.state.generating)
+        abort = asyncio.create_task(self._abort_now.wait())
         idle = asyncio.create_task(self._until_idle())
-        timeout = self.condition.drain_timeout
-        await asyncio.wait({hurry, idle, watching}, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
+        timeout = self.state.drain_timeout
+        await asyncio.wait({abort, idle, watching}, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
         if not idle.done() and not watching.done():
-            logger.warning("cutting %d requests after %g s", self.condition.generating, timeout)
+            logger.warning("aborting %d requests", self.state.generating)
             self.admission.close()
-            await self.client.cut()
+            await self.client.abort_all()
             await asyncio.wait({idle}, timeout=FLUSH_SECONDS)
-        for task in (hurry, idle):
+        for task in (abort, idle):
             task.cancel()
 
     async def _die(self) -> None:
-        """The engine is gone: let the errors out. Its death after the last request of a drain harms nobody."""
-        if self.condition.is_draining and not self.condition.generating:
+        """Wait until open requests have got their errors. An exit of the engine after the last one is no error."""
+        if self.state.is_draining and not self.state.generating:
             return
-        self.condition.is_dead = True
-        logger.error("the engine has died; %d requests are open", self.condition.generating)
+        self.state.is_dead = True
+        logger.error("the engine has died; %d requests are open", self.state.generating)
         self.admission.close()
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._until_idle(), FLUSH_SECONDS)
 
     async def _until_idle(self) -> None:
-        while self.condition.generating:
+        while self.state.generating:
             await asyncio.sleep(WATCH_SECONDS)

@@ -17,11 +17,11 @@ def configure_logging(log_format: str, level: str) -> None:
     names = {"asctime": "time", "levelname": "level", "name": "logger"}
     formatter = JsonFormatter(FIELDS, rename_fields=names) if log_format == "json" else logging.Formatter(FIELDS)
     handler.setFormatter(formatter)
-    for name in ("", "serving"):
+    for name in ("", "tomoe_serving"):
         logger = logging.getLogger(name)
         logger.handlers[:] = [handler]
         logger.setLevel(level.upper())
-    logging.getLogger("serving").propagate = False
+    logging.getLogger("tomoe_serving").propagate = False
     # uvicorn's own lines repeat ours (start, stop) or come from us (access).
     logging.getLogger("uvicorn.error").setLevel("WARNING")
     logging.getLogger("httpx").setLevel("WARNING")

@@ -9,7 +9,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from tomoe_serving.api.active_budget import Budget
+from tomoe_serving.api.compute_budget import Budget
 
 from tests.deploy.test_manifests import dashboard_metrics
 from tests.helpers.browser import CHROMIUM, CONTRAST, accessible_nodes, chromium

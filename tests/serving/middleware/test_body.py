@@ -1,7 +1,7 @@
 import asyncio
 
 import pytest
-from tomoe_serving.middleware.body import Bodies
+from tomoe_serving.middleware.body import BodyMiddleware
 
 from tests.helpers.asgi import ask, echo
 
@@ -9,7 +9,7 @@ JSON = {"content-type": "application/json"}
 
 
 def _bodies(**options):
-    return Bodies(echo, **({"max_bytes": 100, "timeout": 60, "max_tokens": 50} | options))
+    return BodyMiddleware(echo, **({"max_bytes": 100, "timeout": 60, "max_tokens": 50} | options))
 
 
 @pytest.mark.parametrize("body", [b'{"a": 1}', b'"text"', b"[[1]]", b'{"max_tokens": 50}', '{"a": "é😀"}'.encode()])
@@ -106,5 +106,5 @@ def test_a_disconnect_after_the_body_reaches_the_app():
         seen.extend([await receive(), await receive()])
 
     messages = [{"type": "http.request", "body": b"x", "more_body": False}, {"type": "http.disconnect"}]
-    _call(Bodies(app, max_bytes=9, timeout=9, max_tokens=9), messages)
+    _call(BodyMiddleware(app, max_bytes=9, timeout=9, max_tokens=9), messages)
     assert [message["type"] for message in seen] == ["http.request", "http.disconnect"]

@@ -4,13 +4,14 @@ import json
 import logging
 
 import pytest
-from tomoe_serving.admission.controller import Admission
-from tomoe_serving.middleware.admission import Condition, Gate, count_sequences
-from tomoe_serving.middleware.auth import ApiKeys
-from tomoe_serving.middleware.body import Bodies
-from tomoe_serving.middleware.request_log import RequestLog
-from tomoe_serving.middleware.usage import ActiveParameters
+from tomoe_serving.admission.controller import AdmissionController
+from tomoe_serving.middleware.admission import AdmissionMiddleware, count_sequences
+from tomoe_serving.middleware.auth import ApiKeyMiddleware
+from tomoe_serving.middleware.body import BodyMiddleware
+from tomoe_serving.middleware.request_log import RequestLogMiddleware
+from tomoe_serving.middleware.usage import UsageMiddleware
 from tomoe_serving.server.settings import hash_key
+from tomoe_serving.server.state import ServerState
 
 from tests.helpers.asgi import ask, echo, json_app, stream_app
 
@@ -31,7 +32,7 @@ KEYS = [hash_key("first"), hash_key("second")]
     ],
 )
 def test_one_of_several_keys_opens(headers, status):
-    response = ask(ApiKeys(echo, hashes=KEYS), headers=headers)
+    response = ask(ApiKeyMiddleware(echo, hashes=KEYS), headers=headers)
     assert response.status_code == status
     if status == 401:
         assert response.headers["www-authenticate"] == "Bearer"
@@ -40,18 +41,20 @@ def test_one_of_several_keys_opens(headers, status):
 
 @pytest.mark.parametrize(("path", "status"), [("/health", 200), ("/", 200), ("/static/page.js", 200), ("/v1", 401)])
 def test_probes_and_the_page_are_open(path, status):
-    assert ask(ApiKeys(echo, hashes=KEYS), "GET", path).status_code == status
+    assert ask(ApiKeyMiddleware(echo, hashes=KEYS), "GET", path).status_code == status
 
 
 def test_no_keys_means_open():
-    assert ask(ApiKeys(echo, hashes=[])).status_code == 200
+    assert ask(ApiKeyMiddleware(echo, hashes=[])).status_code == 200
 
 
 def test_request_log_has_the_body_only_when_told(caplog):
     caplog.set_level(logging.INFO)
     body = b'{"prompt": "a secret"}'
     for log_prompts in (False, True):
-        response = ask(RequestLog(echo, log_prompts=log_prompts), content=body, headers={"x-request-id": "abc"})
+        response = ask(
+            RequestLogMiddleware(echo, log_prompts=log_prompts), content=body, headers={"x-request-id": "abc"}
+        )
         assert response.headers["x-request-id"] == "abc"
     quiet, loud = [record for record in caplog.records if record.name == "tomoe_serving.access"]
     assert (quiet.request_id, quiet.status, quiet.bytes) == ("abc", 200, len(body))
@@ -61,7 +64,7 @@ def test_request_log_has_the_body_only_when_told(caplog):
 
 @pytest.mark.parametrize("given", ["", "a" * 200, "a\tb", 'a"b', "é".encode("latin-1")])
 def test_a_strange_request_id_is_replaced(given):
-    got = ask(RequestLog(echo), headers={"x-request-id": given}).headers["x-request-id"]
+    got = ask(RequestLogMiddleware(echo), headers={"x-request-id": given}).headers["x-request-id"]
     assert len(got) == 32
 
 
@@ -70,13 +73,13 @@ ASKED = {"X-ToMoE-Usage": "active-parameters"}
 
 
 def test_usage_of_a_whole_answer_gets_the_field():
-    app = ActiveParameters(json_app({"usage": USAGE, "text": "é"}), active_parameters=7, always=False)
+    app = UsageMiddleware(json_app({"usage": USAGE, "text": "é"}), active_parameters=7, always=False)
     assert ask(app).json() == {"usage": USAGE, "text": "é"}
     assert ask(app, headers=ASKED).json() == {"usage": USAGE | {"active_parameters_per_token": 7}, "text": "é"}
 
 
 def test_usage_of_the_responses_api_is_one_level_down():
-    app = ActiveParameters(json_app({"response": {"usage": USAGE}}), active_parameters=7, always=True)
+    app = UsageMiddleware(json_app({"response": {"usage": USAGE}}), active_parameters=7, always=True)
     assert ask(app).json()["response"]["usage"]["active_parameters_per_token"] == 7
 
 
@@ -85,7 +88,7 @@ def test_usage_of_a_stream_gets_it_however_the_events_are_cut():
     events += [b'event: x\ndata: {"usage": {"prompt_tokens": 1}}\n\n', b"data: [DONE]\n\n"]
     whole = b"".join(events)
     for cut in (events, [whole], [whole[:70], whole[70:105], whole[105:]], [bytes([byte]) for byte in whole]):
-        text = ask(ActiveParameters(stream_app(cut), active_parameters=7, always=True)).text
+        text = ask(UsageMiddleware(stream_app(cut), active_parameters=7, always=True)).text
         data = [line[6:] for line in text.split("\n") if line.startswith("data: ")]
         assert json.loads(data[0])["choices"][0]["text"] == "usage \n\n"
         assert json.loads(data[2]) == {"usage": {"prompt_tokens": 1, "active_parameters_per_token": 7}}
@@ -110,9 +113,9 @@ def test_sequences_are_counted_before_vllm_sees_the_request(body, sequences):
 
 
 def _gate(app=echo, *, queue_size=2, **condition):
-    admission = Admission(max_sequences=1, queue_size=queue_size)
-    gate = Gate(app, condition=Condition(is_warm=True, **condition), admission=admission)
-    return Bodies(gate, max_bytes=10_000, timeout=9, max_tokens=9), gate
+    admission = AdmissionController(max_sequences=1, queue_size=queue_size)
+    gate = AdmissionMiddleware(app, state=ServerState(is_warm=True, **condition), admission=admission)
+    return BodyMiddleware(gate, max_bytes=10_000, timeout=9, max_tokens=9), gate
 
 
 @pytest.mark.parametrize(("condition", "said"), [({"is_draining": True}, "stopping"), ({"is_dead": True}, "died")])
@@ -123,19 +126,19 @@ def test_a_closed_gate_says_when_to_come_back(condition, said):
     assert response.headers["retry-after"] == "12"
     assert said in response.json()["error"]["message"]
     assert ask(app, "GET", "/health").status_code == 200
-    assert not gate.condition.is_ready
+    assert not gate.state.is_ready
 
 
 def test_a_full_queue_is_a_429_and_leaves_no_trace():
     app, gate = _gate()
-    with gate.admission.enter(3):
+    with gate.admission.enqueue(3):
         response = ask(app, json={"prompt": "a"})
         assert ask(app, "POST", "/tokenize", json={}).status_code == 200
     assert response.status_code == 429
     assert int(response.headers["retry-after"]) >= 1
-    assert gate.condition.refusals["queue_full"] == 1
+    assert gate.state.refusals["queue_full"] == 1
     assert ask(app, json={"prompt": "a"}).status_code == 200
-    assert gate.admission.unseated == gate.condition.generating == 0
+    assert gate.admission.pending == gate.state.generating == 0
 
 
 def test_what_never_fits_is_a_400_not_a_429():

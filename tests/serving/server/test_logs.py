@@ -4,7 +4,7 @@ import logging
 import pytest
 from tomoe_serving.server.logs import configure_logging
 
-NAMES = ("", "serving", "uvicorn.error", "httpx")
+NAMES = ("", "tomoe_serving", "uvicorn.error", "httpx")
 
 
 @pytest.fixture(autouse=True)
@@ -31,14 +31,14 @@ def test_ours_survives_a_library_that_takes_the_root_over(capsys):
     configure_logging("json", "info")
     logging.getLogger().handlers[:] = []
     logging.getLogger().setLevel("ERROR")
-    logging.getLogger("serving").info("still here")
+    logging.getLogger("tomoe_serving").info("still here")
     assert capsys.readouterr().err.count("still here") == 1
 
 
 def test_level_and_text(capsys):
     configure_logging("text", "warning")
-    logging.getLogger("serving").info("quiet")
-    logging.getLogger("serving").warning("loud")
+    logging.getLogger("tomoe_serving").info("quiet")
+    logging.getLogger("tomoe_serving").warning("loud")
     err = capsys.readouterr().err
     assert "quiet" not in err
-    assert "WARNING serving loud" in err
+    assert "WARNING tomoe_serving loud" in err

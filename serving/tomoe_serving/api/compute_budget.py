@@ -1,26 +1,26 @@
-"""``GET /v1/tomoe/budget``: what a token costs, how fast steps are, what is in use now."""
+"""``GET /v1/tomoe/budget``: cost of a token, measured step times, capacity, and what is in use now."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from fastapi import APIRouter
-from prometheus_client import REGISTRY
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from pydantic import BaseModel
 
-from tomoe_serving.admission.controller import Admission
+from tomoe_serving.admission.controller import AdmissionController
 from tomoe_serving.admission.step_time import StepTimes
-from tomoe_serving.middleware.admission import Condition
+from tomoe_serving.server.state import ServerState
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-"""Of a checkpoint's dtype, in which ``tomoe inspect`` counts the cache."""
+"""Bytes of a cache value in a checkpoint's dtype, by which ``tomoe inspect`` counts the KV cache."""
 
 
 class Cost(BaseModel):
-    """A token's cost. Active is the method's promise; read is what each layout of the experts really touches.
+    """Cost of one token, the same for every token.
 
-    kv_bytes_per_token is by layout of the cache (docs/serving.md); which layouts run, the engine's log says.
+    Active parameters are the method's count. read_parameters_per_token is what each layout of the experts reads,
+    kv_bytes_per_token what each layout of the KV cache stores (docs/serving.md). The engine's log names the layouts
+    that are in use.
     """
 
     active_parameters: int
@@ -33,7 +33,7 @@ class Cost(BaseModel):
 
 
 class Curve(BaseModel):
-    """Measured milliseconds: [sequences, ms] of decoding, [prompt tokens, ms] of prefill."""
+    """Measured step times: [sequences, ms] of decoding, [prompt tokens, ms] of prefill."""
 
     decode: list[tuple[int, float]]
     prefill: list[tuple[int, float]]
@@ -41,7 +41,7 @@ class Curve(BaseModel):
 
 
 class Capacity(BaseModel):
-    """What may run at once. tokens_per_s is null without measurement, queue_size under bare vLLM (no bound)."""
+    """What can run at once. tokens_per_s is null without a measurement, queue_size under bare vLLM (no limit)."""
 
     max_sequences: int
     max_step_tokens: int
@@ -52,9 +52,9 @@ class Capacity(BaseModel):
 
 
 class InUse(BaseModel):
-    """Now. What only the admission knows is null under bare vLLM.
+    """What is in use now. Values of the admission are null under bare vLLM.
 
-    kv_usage: share of the cache's blocks; kv_reserved_tokens: what the running sequences could come to need.
+    kv_usage: share of the cache's blocks, 0 to 1; kv_reserved_tokens: what the running sequences can come to need.
     """
 
     running: int
@@ -67,7 +67,7 @@ class InUse(BaseModel):
 
 
 class Budget(BaseModel):
-    """Answer of ``GET /v1/tomoe/budget``."""
+    """Response of ``GET /v1/tomoe/budget``."""
 
     model: str
     cost: Cost
@@ -78,7 +78,7 @@ class Budget(BaseModel):
 
 @dataclass(frozen=True)
 class BudgetSource:
-    """Where the numbers come from: fixed ones as they are, changing ones as functions."""
+    """What the budget is read from: constants, and functions for what changes."""
 
     model: str
     cost: Cost
@@ -87,7 +87,7 @@ class BudgetSource:
     in_use: Callable[[], InUse]
 
     def read(self) -> Budget:
-        """The budget of this moment."""
+        """The budget now."""
         times = self.times
         curve = None
         if times is not None:
@@ -99,14 +99,14 @@ class BudgetSource:
 def admitted_source(
     model: str,
     cost: Cost,
-    admission: Admission,
-    condition: Condition,
+    admission: AdmissionController,
+    state: ServerState,
     *,
     max_step_tokens: int,
     kv_tokens: int,
     kv_usage: Callable[[], float],
 ) -> BudgetSource:
-    """The source of a server with admission."""
+    """The source of ``tomoe serve``."""
 
     def capacity() -> Capacity:
         return Capacity(
@@ -122,18 +122,18 @@ def admitted_source(
         return InUse(
             running=admission.running,
             waiting=admission.waiting,
-            refused=condition.refusals,
+            refused=state.refusals,
             kv_usage=kv_usage(),
-            kv_reserved_tokens=admission.kv_reserved,
-            observed_tpot_ms=admission.observed_tpot_ms,
-            is_draining=condition.is_draining,
+            kv_reserved_tokens=admission.slots.kv_reserved,
+            observed_tpot_ms=admission.means.tpot_ms,
+            is_draining=state.is_draining,
         )
 
     return BudgetSource(model, cost, admission.times, capacity, in_use)
 
 
 def cost_of(facts: dict[str, Any], parameter_bytes: float, kv_value_bytes: int) -> Cost:
-    """Cost of a token from the facts that ``tomoe inspect`` prints and the sizes that the engine uses."""
+    """Cost of a token, from the facts of ``tomoe inspect`` and the sizes of the values that the engine stores."""
     layouts = facts["really_read_per_token"]
     head = layouts["shared"]["lm_head_parameters"]
     active_matrices = facts["active_block_parameters"] + facts["router_parameters"] + head
@@ -152,44 +152,12 @@ def cost_of(facts: dict[str, Any], parameter_bytes: float, kv_value_bytes: int) 
 
 
 def budget_router(source: Callable[[], BudgetSource]) -> APIRouter:
-    """The route; ``source`` is asked at each request, so it may be made after the routes are."""
+    """The route. ``source`` is called at each request, so it may be set after the routes are added."""
     router = APIRouter(tags=["tomoe"])
 
     @router.get("/v1/tomoe/budget", response_model=Budget)
     async def budget() -> Budget:
-        """What a token costs, how fast steps are, what is in use now."""
+        """Cost of a token, measured step times, capacity, and what is in use now."""
         return source().read()
 
     return router
-
-
-class ServerMetrics:
-    """Prometheus collector of the same numbers, beside vLLM's own at /metrics."""
-
-    def __init__(self, source: BudgetSource) -> None:
-        self.source = source
-
-    def collect(self):
-        """Prometheus calls it at each scrape."""
-        budget = self.source.read()
-        gauges = {
-            "tomoe_sequences_running": ("Sequences that have a seat", budget.in_use.running),
-            "tomoe_sequences_waiting": ("Sequences that wait for a seat", budget.in_use.waiting),
-            "tomoe_sequences_capacity": ("Seats", budget.capacity.max_sequences),
-            "tomoe_active_parameters_per_token": ("Parameters that a token uses", budget.cost.active_parameters),
-            "tomoe_tpot_slo_ms": ("Time per output token to keep", budget.capacity.tpot_slo_ms),
-            "tomoe_tpot_observed_ms": ("Time per output token, recent mean", budget.in_use.observed_tpot_ms),
-            "tomoe_capacity_tokens_per_second": ("Modelled output with every seat taken", budget.capacity.tokens_per_s),
-        }
-        for name, (text, value) in gauges.items():
-            if value is not None:
-                yield GaugeMetricFamily(name, text, value=float(value))
-        refused = CounterMetricFamily("tomoe_requests_refused", "Requests refused, by reason", labels=["reason"])
-        for reason, count in budget.in_use.refused.items():
-            refused.add_metric([reason], count)
-        yield refused
-
-
-def register_metrics(source: BudgetSource) -> None:
-    """Add :class:`ServerMetrics` to the process's registry."""
-    REGISTRY.register(ServerMetrics(source))
