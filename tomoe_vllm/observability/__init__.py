@@ -1,1 +1,1 @@
-"""What the experts did: statistics, traces of single requests, and what a worker of vLLM answers about them."""
+"""Expert usage at run time: statistics, traces of requests, and the vLLM worker extension that reports them."""

@@ -1,14 +1,14 @@
-"""Which experts a worker's tokens took, counted at next to no cost. Off unless asked for.
+"""Counts how many tokens each expert of a worker processed. Off by default.
 
-``--additional-config '{"tomoe_expert_statistics": true}'`` asks: then every gate leaves its expert ids in a static
-buffer, inside the op that routes, so CUDA graphs and torch.compile keep it (vLLM's compile cache knows the setting).
-After a step the rows of its real tokens are copied, all layers at once, and counted on the host, many steps together:
-with the caches full of weights, a numpy call after a step costs ten times what it costs in a row of them. Padding lies
-behind the real tokens; vLLM's warm-up and dummy runs do not pass the place where steps are read
-(``worker_extension.py``).
+``--additional-config '{"tomoe_expert_statistics": true}'`` turns it on. Every router then writes its expert ids to a
+static buffer, inside the routing op, so it works with CUDA graphs and torch.compile (the setting is part of vLLM's
+compile cache key). After a step the rows of its real tokens are copied for all layers at once. They are counted on the
+host, many steps together: right after a step the caches are full of weights, and a numpy call takes ten times as long
+as in a sequence of such calls. Rows of padding come after the real tokens. vLLM's warm-up and dummy runs do not reach
+the code that reads steps (``worker_extension.py``).
 
-On a GPU the rows travel to pinned memory behind an event and are counted when they have arrived: nothing waits in the
-forward pass. (The GPU side has never run: no GPU here.)
+On a GPU the rows are copied to pinned memory, followed by an event, and counted once they have arrived. The forward
+pass never waits. The GPU code has never run on a GPU.
 """
 
 from collections import Counter, deque
@@ -25,20 +25,22 @@ from vllm.model_executor.models.utils import extract_layer_index
 from tomoe_vllm.layers.mlp.router import STATISTICS_SETTING, ToMoERouter
 
 UNION_STEPS = 64
-"""Over about so many recent steps the union of neurons is averaged: a step has one union, and one alone says little."""
+"""Window of the moving average of ``union_neurons``, in steps."""
 
 BATCH_STEPS = 32
 BATCH_TOKENS = 4096
-"""So many steps, or tokens, are counted together, unless somebody asks before."""
+"""Pending steps are counted once there are this many steps or tokens, or when counts are requested."""
 
 
 @dataclass(kw_only=True, slots=True)
 class ExpertCounts:
     """Counts of one worker since the start. L layers of this worker, N experts, F neurons of this rank.
 
-    ``signatures``: [L, F, ceil(N / 8)] uint8, which experts keep a neuron. ``tokens``: [L, N] int64, tokens per expert.
-    ``union_neurons``: [L] float64, neurons that a step touches (the union over its tokens' experts), averaged with
-    weight 1 / UNION_STEPS for the last step. ``step_paths``: steps by the way they took through the weights.
+    ``signatures``: [L, F, ceil(N / 8)] uint8, bit n of a neuron is set if expert n keeps it.
+    ``tokens``: [L, N] int64, tokens per expert.
+    ``union_neurons``: [L] float64, number of neurons that any expert of a step's tokens keeps, as a moving average over
+    steps with weight 1 / UNION_STEPS for the latest.
+    ``step_paths``: number of steps per execution path.
     """
 
     signatures: np.ndarray
@@ -56,16 +58,16 @@ class ExpertCounts:
         self.tokens = np.zeros((num_layers, self.num_experts), dtype=np.int64)
         self.union_neurons = np.zeros(num_layers)
         self._offsets = np.arange(num_layers)[:, None] * self.num_experts
-        # A step of few tokens meets the same few sets of experts again and again.
+        # Steps of few tokens use a small number of distinct expert sets.
         self._union_size = lru_cache(maxsize=65_536)(self._count_union)
 
     def _count_union(self, layer: int, experts: bytes) -> int:
-        """Neurons of ``layer`` that any of ``experts`` (bits, as in the signature) keeps."""
+        """Number of neurons of ``layer`` that any of ``experts`` keeps; ``experts``: bits, as in the signature."""
         is_touched = self.signatures[layer] & np.frombuffer(experts, dtype=np.uint8)
         return int(is_touched.any(axis=1).sum())
 
     def add(self, steps: list[np.ndarray]) -> None:
-        """Count some steps, in their order. ``steps``: of each its real tokens, [L, T] uint8."""
+        """Count steps, oldest first. ``steps``: expert ids of each step's real tokens, [L, T] uint8."""
         num_layers, num_steps = len(self.tokens), len(steps)
         expert_ids = np.concatenate(steps, axis=1)
         flat = (expert_ids + self._offsets).ravel()
@@ -84,63 +86,67 @@ class ExpertCounts:
 
 
 @dataclass(kw_only=True, slots=True)
-class UncountedStep:
-    """``expert_ids``: [L, T] uint8, on the host once ``arrived`` has (None: it is there)."""
+class PendingStep:
+    """A step that is not counted yet.
+
+    ``expert_ids``: [L, T] uint8, valid on the host once the event ``arrived`` has completed (None: it is valid now).
+    ``consume``: called with the expert ids when the step is counted.
+    """
 
     expert_ids: Tensor | np.ndarray
     arrived: torch.cuda.Event | None
     num_padded_tokens: int
     consume: Callable[[np.ndarray], None] | None
 
-    def is_there(self, waits: bool) -> bool:
+    def is_ready(self, *, wait: bool) -> bool:
+        """Whether ``expert_ids`` are valid. ``wait``: block until they are."""
         if self.arrived is None or self.arrived.query():
             return True
-        if waits:
+        if wait:
             self.arrived.synchronize()
-        return waits
+        return wait
 
 
 class ExpertRecorder:
-    """Reads the gates' records of a model after each step, and counts them.
+    """Reads the routers' records after each step and counts them.
 
-    Raises ``ValueError`` (with what to do) for a model without gates or whose gates do not record.
+    Raises ``ValueError``, with what to do, for a model without routers or with routers that do not record.
     """
 
     def __init__(self, model: nn.Module) -> None:
         mlps = [mlp for mlp in model.modules() if isinstance(getattr(mlp, "expert_gate", None), ToMoERouter)]
-        gates = [mlp.expert_gate for mlp in mlps]
-        if not gates:
-            raise ValueError("this model has no expert gates: it is not a ToMoE checkpoint")
-        records = [gate.record for gate in gates if gate.record is not None]
-        if len(records) < len(gates):
+        routers = [mlp.expert_gate for mlp in mlps]
+        if not routers:
+            raise ValueError("this model has no routers: it is not a ToMoE checkpoint")
+        records = [router.record for router in routers if router.record is not None]
+        if len(records) < len(routers):
             raise ValueError(
                 f"expert statistics are off; start vLLM with --additional-config '{{\"{STATISTICS_SETTING}\": true}}'"
             )
-        self.first_layer = extract_layer_index(gates[0].prefix)
-        self.num_experts = gates[0].num_experts
+        self.first_layer = extract_layer_index(routers[0].prefix)
+        self.num_experts = routers[0].num_experts
         self.records: list[Tensor] = records
-        signatures = np.stack([gate.signature.detach().cpu().numpy() for gate in gates])
+        signatures = np.stack([router.signature.detach().cpu().numpy() for router in routers])
         self.counts = ExpertCounts(signatures=signatures, num_experts=self.num_experts)
         self._mlp: Any = mlps[0]
         self._host_records = [record.numpy() for record in records] if records[0].device.type == "cpu" else None
-        self._uncounted: deque[UncountedStep] = deque()
-        self._num_uncounted_tokens = 0
+        self._pending: deque[PendingStep] = deque()
+        self._num_pending_tokens = 0
 
     def read_step(
         self, num_tokens: int, num_padded_tokens: int, consume: Callable[[np.ndarray], None] | None = None
     ) -> None:
-        """Copy the rows of the step that has just been launched; they are counted with those of other steps.
+        """Copy the records of the step that has just been launched. They are counted later, with other steps.
 
-        ``num_padded_tokens``: rows that the layers saw. ``consume``: gets the step's [L, T] uint8 too, then.
+        ``num_tokens``: real tokens of the step. ``num_padded_tokens``: rows that the layers computed.
+        ``consume``: called with the step's expert ids, [L, T] uint8, when they are counted.
         """
         expert_ids, arrived = self._copy(num_tokens)
-        step = UncountedStep(
-            expert_ids=expert_ids, arrived=arrived, num_padded_tokens=num_padded_tokens, consume=consume
-        )
-        self._uncounted.append(step)
-        self._num_uncounted_tokens += num_tokens
-        if len(self._uncounted) >= BATCH_STEPS or self._num_uncounted_tokens >= BATCH_TOKENS:
-            self.settle(waits=False)
+        step = PendingStep(expert_ids=expert_ids, arrived=arrived, num_padded_tokens=num_padded_tokens, consume=consume)
+        self._pending.append(step)
+        self._num_pending_tokens += num_tokens
+        if len(self._pending) >= BATCH_STEPS or self._num_pending_tokens >= BATCH_TOKENS:
+            self.count_pending(wait=False)
 
     def _copy(self, num_tokens: int) -> tuple[Tensor | np.ndarray, torch.cuda.Event | None]:
         if self._host_records is not None:
@@ -152,11 +158,11 @@ class ExpertRecorder:
         arrived.record()
         return on_host, arrived
 
-    def settle(self, *, waits: bool = True) -> None:
-        """Count what has arrived; ``waits``: all there is."""
+    def count_pending(self, *, wait: bool = True) -> None:
+        """Count the pending steps; with ``wait=False`` only those whose records have arrived on the host."""
         steps = []
-        while self._uncounted and self._uncounted[0].is_there(waits):
-            step = self._uncounted.popleft()
+        while self._pending and self._pending[0].is_ready(wait=wait):
+            step = self._pending.popleft()
             expert_ids = np.asarray(step.expert_ids)
             steps.append(expert_ids)
             self.counts.step_paths[self._mlp.step_path(step.num_padded_tokens)] += 1
@@ -164,4 +170,4 @@ class ExpertRecorder:
                 step.consume(expert_ids)
         if steps:
             self.counts.add(steps)
-            self._num_uncounted_tokens -= sum(step.shape[1] for step in steps)
+            self._num_pending_tokens -= sum(step.shape[1] for step in steps)

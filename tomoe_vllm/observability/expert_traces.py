@@ -1,8 +1,8 @@
-"""The expert of every token of chosen requests, kept for a while: which expert served this word?
+"""Keeps the expert of every token of selected requests.
 
-A request asks by ``vllm_xargs: {"tomoe_trace": ID}`` (OpenAI routes) or ``SamplingParams(extra_args=...)``. Rows are
-kept by position in the request, so it does not matter how the scheduler batched or chunked them, and what was computed
-twice (after a preemption) is there once. A token that was never computed, because the prefix cache had it, says so:
+A request selects itself with ``vllm_xargs: {"tomoe_trace": ID}`` (OpenAI API) or ``SamplingParams(extra_args=...)``.
+Experts are stored by position in the request, so batching and chunked prefill do not matter, and tokens computed again
+after a preemption are stored once. Tokens found in the prefix cache are never computed; they have the value
 :data:`NOT_COMPUTED`.
 """
 
@@ -13,20 +13,20 @@ from typing import Any
 import numpy as np
 
 REQUEST_KEY = "tomoe_trace"
-"""Key of a request's extra arguments; the value is an id that the client has chosen."""
+"""Key in a request's extra arguments. The value is an id chosen by the client."""
 
 NOT_COMPUTED = 255
 
 MAX_TRACES = 64
-"""Traces kept, running and finished; the oldest goes. 64 x 4,096 tokens x 32 layers are 8 MB."""
+"""Traces kept, running and finished; the oldest is dropped. 64 x 4,096 tokens x 32 layers are 8 MB."""
 MAX_TRACE_TOKENS = 4096
-"""Positions kept of one request; later ones are counted as statistics but not traced."""
+"""Positions kept per request. Later tokens are counted in the statistics but not traced."""
 MAX_ID_LENGTH = 128
 
 
 @dataclass(kw_only=True, slots=True)
 class Trace:
-    """``experts``: [tokens so far or more, L] uint8; ``num_tokens``: positions seen, computed or not."""
+    """Experts of one request. ``experts``: [at least num_tokens, L] uint8; ``num_tokens``: positions so far."""
 
     request_id: str
     num_prompt_tokens: int
@@ -36,7 +36,7 @@ class Trace:
     is_finished: bool = False
 
     def put(self, start: int, rows: np.ndarray) -> None:
-        """Keep the experts of the positions from ``start`` on. ``rows``: [T, L] uint8."""
+        """Store the experts of the positions from ``start`` on. ``rows``: [T, L] uint8."""
         rows = rows[: max(0, MAX_TRACE_TOKENS - start)]
         end = start + len(rows)
         if end > len(self.experts):
@@ -51,33 +51,33 @@ class Trace:
 
 @dataclass(kw_only=True, slots=True)
 class Step:
-    """Which rows of a step belong to which traced request: (trace, first position, first row, number of rows)."""
+    """Rows of a step that belong to traced requests: (trace, first position, first row, number of rows)."""
 
     slices: list[tuple[Trace, int, int, int]]
 
     def keep(self, expert_ids: np.ndarray) -> None:
-        """``expert_ids``: [L, T] uint8 of the whole step."""
+        """Store the experts of the traced rows. ``expert_ids``: [L, T] uint8 of the whole step."""
         for trace, position, row, count in self.slices:
             trace.put(position, expert_ids[:, row : row + count].T)
 
 
 @dataclass(kw_only=True, slots=True)
 class ExpertTraces:
-    """Traces of a worker with ``num_layers`` layers."""
+    """Traces of one worker. ``num_layers``: layers of this worker."""
 
     num_layers: int
     _by_id: OrderedDict[str, Trace] = field(default_factory=OrderedDict)
     _running: dict[str, Trace] = field(default_factory=dict)
 
     def begin_step(self, scheduler_output: Any, request_ids: list[str]) -> Step | None:
-        """What of this step is to be kept, or None: nearly always, and then nothing else was looked at.
+        """The rows of this step to store, or None if no traced request is running (the common, cheap case).
 
-        ``scheduler_output``: vLLM's; ``request_ids``: the order of the requests in the step's rows.
+        ``scheduler_output``: vLLM's; ``request_ids``: requests in the order of the step's rows.
         """
         for new in scheduler_output.scheduled_new_reqs:
             extra = new.sampling_params.extra_args if new.sampling_params is not None else None
             if extra and isinstance(trace_id := extra.get(REQUEST_KEY), str):
-                self._begin(trace_id, new)
+                self._start_trace(trace_id, new)
         if not self._running:
             return None
         for request_id in scheduler_output.finished_req_ids:
@@ -85,10 +85,10 @@ class ExpertTraces:
                 trace.is_finished = True
         return Step(slices=self._slices(scheduler_output, request_ids))
 
-    def _begin(self, trace_id: str, new: Any) -> None:
-        if len(trace_id) > MAX_ID_LENGTH or new.req_id in self._running:  # it runs again after a preemption
+    def _start_trace(self, trace_id: str, new: Any) -> None:
+        if len(trace_id) > MAX_ID_LENGTH or new.req_id in self._running:  # resumed after a preemption
             return
-        if trace_id in self._by_id:  # of several choices of one request the first is traced; ids are not used twice
+        if trace_id in self._by_id:  # of several choices (n > 1) only the first is traced
             return
         trace = Trace(
             request_id=new.req_id,

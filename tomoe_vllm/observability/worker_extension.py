@@ -73,7 +73,7 @@ class ExpertExtension:
     def tomoe_expert_counts(self) -> dict[str, Any]:
         """This worker's counts since the start (``ExpertCounts``) and where it stands among the others."""
         recorder = self._tomoe_observer.recorder
-        recorder.settle()
+        recorder.count_pending()
         counts = recorder.counts
         return self._tomoe_place() | {
             "num_neurons": counts.signatures.shape[1],
@@ -87,7 +87,7 @@ class ExpertExtension:
     def tomoe_expert_trace(self, trace_id: str, start: int) -> dict[str, Any] | None:
         """The experts of a traced request from position ``start`` on: [tokens, L] uint8 as bytes; None: unknown id."""
         observer = self._tomoe_observer
-        observer.recorder.settle()
+        observer.recorder.count_pending()
         trace = observer.traces.get(trace_id) if observer.traces is not None else None
         if trace is None:
             return None

@@ -1,4 +1,4 @@
-"""Traces keep positions, not steps, and never more than they may."""
+"""Traces store experts by position, and their memory is bounded."""
 
 from types import SimpleNamespace
 
@@ -11,7 +11,7 @@ LAYERS = 3
 
 
 def request(name: str, trace_id: object = None, *, prompt=10, computed=0):
-    """What vLLM's scheduler says of a new request."""
+    """A new request in vLLM's scheduler output."""
     params = SimpleNamespace(extra_args=None if trace_id is None else {"tomoe_trace": trace_id})
     return SimpleNamespace(
         req_id=name, sampling_params=params, prompt_token_ids=[0] * prompt, num_computed_tokens=computed
@@ -19,7 +19,7 @@ def request(name: str, trace_id: object = None, *, prompt=10, computed=0):
 
 
 def step(traces, *, new=(), running=(), finished=(), tokens=None, order=None):
-    """One step; ``running``: (name, position). The experts of row r at layer l are 10 l + r."""
+    """Run one step. ``running``: (name, position). The expert of row r at layer l is 10 l + r."""
     tokens = tokens or {}
     output = SimpleNamespace(
         scheduled_new_reqs=list(new),
@@ -36,13 +36,13 @@ def step(traces, *, new=(), running=(), finished=(), tokens=None, order=None):
     return found
 
 
-def test_requests_that_did_not_ask_are_left_alone():
+def test_requests_without_a_trace_id_are_not_traced():
     traces = ExpertTraces(num_layers=LAYERS)
     assert step(traces, new=[request("a"), request("b", 7)], tokens={"a": 3, "b": 2}) is None
     assert step(traces, new=[request("c", "x" * 200)], tokens={"c": 1}) is None
 
 
-def test_rows_are_found_by_the_order_of_the_batch():
+def test_rows_are_located_by_the_order_of_the_batch():
     traces = ExpertTraces(num_layers=LAYERS)
     step(traces, new=[request("a"), request("b", "t")], tokens={"a": 3, "b": 2}, order=["b", "a"])
     assert traces.get("t").experts[:2].tolist() == [[0, 10, 20], [1, 11, 21]]
@@ -50,11 +50,13 @@ def test_rows_are_found_by_the_order_of_the_batch():
     assert traces.get("t").experts[2].tolist() == [1, 11, 21]
 
 
-def test_what_is_computed_again_is_there_once():
+def test_recomputed_tokens_are_stored_once():
     traces = ExpertTraces(num_layers=LAYERS)
     step(traces, new=[request("b", "t", prompt=4)], tokens={"b": 4})
     step(traces, running=[("b", 4)], tokens={"b": 1})
-    step(traces, new=[request("b", "t", prompt=4)], tokens={"b": 5})  # after a preemption, as the second runner says it
+    step(
+        traces, new=[request("b", "t", prompt=4)], tokens={"b": 5}
+    )  # after a preemption, as vLLM's second model runner reports it
     assert traces.get("t").num_tokens == 5
     assert traces.get("t").experts[:5, 0].tolist() == [0, 1, 2, 3, 4]
 
@@ -68,7 +70,7 @@ def test_cached_tokens_stay_not_computed():
     assert (trace.experts[6:10] != NOT_COMPUTED).all()
 
 
-def test_finished_requests_say_so_and_stop():
+def test_finished_requests_are_marked_and_no_longer_traced():
     traces = ExpertTraces(num_layers=LAYERS)
     step(traces, new=[request("b", "t")], tokens={"b": 4})
     step(traces, finished=["b"], tokens={})
@@ -89,5 +91,5 @@ def test_memory_is_bounded():
     assert len(trace.experts) == trace.num_tokens == MAX_TRACE_TOKENS
 
 
-def test_not_computed_is_no_expert():
-    assert expert_traces.NOT_COMPUTED == 255  # the gates refuse more than 255 experts: 0 to 254
+def test_not_computed_is_not_an_expert_id():
+    assert expert_traces.NOT_COMPUTED == 255  # routers refuse more than 255 experts: 0 to 254
