@@ -11,19 +11,18 @@ import json
 from tomoe_vllm.diagnostics.roofline import CHIPS, LLAMA_2_7B, costs
 
 TOKENS = (1, 2, 3, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
-SHARED = ("gather", "masked", "grouped")
-"""Ways of the shared layout, which takes the quickest for each number of tokens."""
+SHARED = ("gather", "dense", "grouped")
+"""Execution paths of the shared layout, which uses the fastest for each number of tokens."""
 
 
 def rows(active_ratio: float, num_experts: int) -> list[dict]:
-    """One row per chip and number of tokens, seconds by way."""
+    """One row per chip and number of tokens, with milliseconds by path."""
     width = round(active_ratio * LLAMA_2_7B.num_neurons)
     shape = dataclasses.replace(LLAMA_2_7B, width=width, num_experts=num_experts)
     table = []
     for chip in CHIPS:
         for num_tokens in TOKENS:
-            ways = costs(shape, num_tokens)
-            milliseconds = {way: 1e3 * cost.seconds(chip) for way, cost in ways.items()}
+            milliseconds = {path: 1e3 * cost.seconds(chip) for path, cost in costs(shape, num_tokens).items()}
             best = min(SHARED, key=milliseconds.__getitem__)
             table.append({"chip": chip.name, "tokens": num_tokens, "ms": milliseconds, "best": best})
     return table
@@ -31,13 +30,13 @@ def rows(active_ratio: float, num_experts: int) -> list[dict]:
 
 def markdown(table: list[dict]) -> str:
     """The table of docs/performance.md."""
-    ways = list(table[0]["ms"])
-    lines = [f"| chip | tokens | {' | '.join(ways)} | best of shared |", "|---" * (len(ways) + 3) + "|"]
+    paths = list(table[0]["ms"])
+    lines = [f"| chip | tokens | {' | '.join(paths)} | best of shared |", "|---" * (len(paths) + 3) + "|"]
     for row in table:
         dense = row["ms"]["dense"]
-        # Gather is for a few tokens; the rest of its column says nothing.
-        shown = {way: ms for way, ms in row["ms"].items() if way != "gather" or row["tokens"] <= 8}
-        cells = [f"{shown[way]:.2f} ({dense / shown[way]:.2f}x)" if way in shown else "" for way in ways]
+        # Gather is for a few tokens; the rest of its column is meaningless.
+        shown = {path: ms for path, ms in row["ms"].items() if path != "gather" or row["tokens"] <= 8}
+        cells = [f"{shown[path]:.2f} ({dense / shown[path]:.2f}x)" if path in shown else "" for path in paths]
         best = f"{row['best']} {dense / row['ms'][row['best']]:.2f}x"
         lines.append(f"| {row['chip']} | {row['tokens']} | {' | '.join(cells)} | {best} |")
     return "\n".join(lines)

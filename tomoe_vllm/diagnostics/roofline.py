@@ -1,8 +1,8 @@
-"""What one MLP step costs at least: bytes over bandwidth or FLOPs over peak, whichever is longer.
+"""Roofline model of one MLP step: bytes / bandwidth or FLOPs / peak, whichever takes longer.
 
-Only the weights' bytes are counted: they are all of a small step, and activations, launches and the routers
-come on top. Routing is taken as uniform and experts as independent subsets of a share p of the neurons; more
-overlap makes the union smaller and ToMoE cheaper (docs/performance.md).
+Only the bytes of the weights are counted. They dominate small steps; activations, launches and routers come on top.
+Routing is assumed to be uniform, and experts to be independent random subsets with a share p of the neurons. Experts
+that overlap more have a smaller union, which makes ToMoE cheaper (docs/performance.md).
 
 Symbols: M tokens, N experts, p = neurons of an expert / neurons, k distinct experts touched, P bytes of the
 dense MLP weights.
@@ -11,13 +11,13 @@ dense MLP weights.
 from dataclasses import dataclass
 
 L2_SPEEDUP = 2.2
-"""L2 bandwidth over memory bandwidth. Assumed, not measured: where experts share rows through L2, each still
-reads its own."""
+"""L2 bandwidth over memory bandwidth. An assumption, not a measurement. Rows shared by experts are read once from
+memory, but once per expert from L2."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Chip:
-    """Peak numbers of a device: bytes/s, dense bf16 FLOP/s."""
+    """Peak rates of a device: memory bandwidth in bytes/s, dense bf16 FLOP/s."""
 
     name: str
     bandwidth: float
@@ -28,12 +28,12 @@ CHIPS = (
     Chip(name="A100", bandwidth=2.039e12, flops=312e12),  # 80 GB SXM
     Chip(name="H100", bandwidth=3.35e12, flops=989e12),  # SXM
 )
-"""From the makers' data sheets."""
+"""From the manufacturers' data sheets."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MLPShape:
-    """One MLP layer, times ``num_layers``. ``width``: neurons of an expert; 2 bytes a weight by default."""
+    """Sizes of ``num_layers`` equal MLP layers. ``width``: neurons of an expert. ``itemsize``: bytes per weight."""
 
     hidden_size: int
     num_neurons: int
@@ -45,17 +45,17 @@ class MLPShape:
 
     @property
     def active_ratio(self) -> float:
-        """p."""
+        """p = width / num_neurons."""
         return self.width / self.num_neurons
 
     @property
     def weight_bytes(self) -> int:
-        """P, the dense weights."""
+        """P, bytes of the dense weights."""
         return self.itemsize * self.num_matrices * self.hidden_size * self.num_neurons * self.num_layers
 
     @property
     def flops_per_token(self) -> int:
-        """Of the dense MLP."""
+        """FLOPs of the dense MLP for one token."""
         return 2 * self.weight_bytes // self.itemsize
 
 
@@ -63,7 +63,7 @@ LLAMA_2_7B = MLPShape(hidden_size=4096, num_neurons=11008, width=5504, num_layer
 
 
 def distinct_experts(num_tokens: int, num_experts: int) -> list[float]:
-    """Probability that tokens routed uniformly touch k experts, k = 0 .. N."""
+    """Probabilities that ``num_tokens`` uniformly routed tokens use k distinct experts, for k = 0 .. N."""
     chances = [1.0] + [0.0] * num_experts
     for _ in range(num_tokens):
         chances = [
@@ -75,14 +75,14 @@ def distinct_experts(num_tokens: int, num_experts: int) -> list[float]:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Cost:
-    """Bytes from memory, bytes through L2 where those are more, and FLOPs."""
+    """Bytes read from memory, bytes read from L2 (0: no more than from memory), and FLOPs."""
 
     memory_bytes: float
     cache_bytes: float
     flops: float
 
     def seconds(self, chip: Chip) -> float:
-        """At least."""
+        """Lower bound of the time on ``chip``."""
         return max(
             self.memory_bytes / chip.bandwidth,
             self.cache_bytes / (L2_SPEEDUP * chip.bandwidth),
@@ -91,16 +91,15 @@ class Cost:
 
 
 def costs(shape: MLPShape, num_tokens: int) -> dict[str, Cost]:
-    """Cost of a step by each way through the layer.
+    """Cost of a step on each execution path.
 
-    dense         P bytes
-    materialised  a copy of each expert: k p P
-    gather        the union of the experts touched from memory, M p P through L2: one expert per token
-    masked        P, as dense
-    grouped       the union of the experts touched from memory, k p P through L2
+    dense         P bytes; the dense MLP and the ``dense`` path of the shared layout
+    materialised  k p P: a matrix for each expert (the fused layout)
+    gather        the union of the used experts from memory, and M p P from L2: one expert per token
+    grouped       the union of the used experts from memory, and k p P from L2
 
-    The union, because tokens or experts run side by side over the sorted rows of one matrix. gather
-    multiplies on the plain cores: its FLOPs have a lower peak than counted, which a few tokens do not reach.
+    It is the union because tokens or experts process the sorted rows of one matrix at the same time. gather does not
+    use tensor cores: the real peak of its FLOPs is lower than assumed here, which does not matter for few tokens.
     """
     p, dense_bytes = shape.active_ratio, shape.weight_bytes
     chances = distinct_experts(num_tokens, shape.num_experts)
@@ -115,6 +114,5 @@ def costs(shape: MLPShape, num_tokens: int) -> dict[str, Cost]:
         "dense": cost(dense_bytes, dense_flops),
         "materialised": cost(experts_bytes, p * dense_flops),
         "gather": cost(union_bytes, p * dense_flops, num_tokens * p * dense_bytes),
-        "masked": cost(dense_bytes, dense_flops),
         "grouped": cost(union_bytes, p * dense_flops, experts_bytes),
     }

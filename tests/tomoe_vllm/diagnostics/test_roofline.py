@@ -1,4 +1,4 @@
-"""The cost model against counts made another way, and the figures of the design."""
+"""The roofline model against exact enumeration, and its figures in docs/performance.md."""
 
 import itertools
 import json
@@ -12,7 +12,7 @@ A100, H100 = CHIPS
 
 
 @pytest.mark.parametrize(("num_tokens", "num_experts"), [(1, 8), (2, 8), (3, 4), (5, 3)])
-def test_distinct_experts_are_those_of_every_routing(num_tokens, num_experts):
+def test_distinct_experts_equal_the_enumeration_of_all_routings(num_tokens, num_experts):
     counts = [0] * (num_experts + 1)
     for routing in itertools.product(range(num_experts), repeat=num_tokens):
         counts[len(set(routing))] += 1
@@ -26,30 +26,29 @@ def test_dense_weights_of_llama_2_7b():
 
 
 @pytest.mark.parametrize(
-    ("way", "num_tokens", "speedup"),
+    ("path", "num_tokens", "speedup"),
     [
         ("gather", 1, 2.0),
-        ("gather", 2, 1 / 0.71875),  # one expert with chance 1/8 (a half), else two (three quarters)
-        ("materialised", 2, 1 / 0.9375),  # 1.875 experts of a half
-        ("masked", 16, 1.0),
+        ("gather", 2, 1 / 0.71875),  # one expert with probability 1/8 (half of P), else two (3/4 of P)
+        ("materialised", 2, 1 / 0.9375),  # 1.875 experts on average, each half of P
         ("grouped", 4096, 2.0),
         ("materialised", 4096, 2.0),
     ],
 )
 @pytest.mark.parametrize("chip", CHIPS, ids=lambda chip: chip.name)
-def test_speedup_over_dense(way, num_tokens, speedup, chip):
-    ways = costs(LLAMA_2_7B, num_tokens)
-    assert ways["dense"].seconds(chip) / ways[way].seconds(chip) == pytest.approx(speedup, rel=1e-3)
+def test_speedup_over_dense(path, num_tokens, speedup, chip):
+    paths = costs(LLAMA_2_7B, num_tokens)
+    assert paths["dense"].seconds(chip) / paths[path].seconds(chip) == pytest.approx(speedup, rel=1e-3)
 
 
-def test_copies_of_experts_read_more_than_dense_from_three_tokens():
+def test_materialised_experts_read_more_than_dense_from_three_tokens_on():
     assert [costs(LLAMA_2_7B, m)["materialised"].memory_bytes > LLAMA_2_7B.weight_bytes for m in (2, 3)] == [
         False,
         True,
     ]
 
 
-def test_dense_turns_from_memory_to_compute_at_the_ridge():
+def test_dense_becomes_compute_bound_at_the_ridge_point():
     for chip in CHIPS:
         ridge = chip.flops / chip.bandwidth
         below, above = (costs(LLAMA_2_7B, m)["dense"].seconds(chip) for m in (int(ridge) - 1, int(ridge) + 2))
@@ -59,8 +58,8 @@ def test_dense_turns_from_memory_to_compute_at_the_ridge():
 
 def test_more_active_neurons_cost_more():
     narrow, wide = (MLPShape(hidden_size=64, num_neurons=100, width=w) for w in (30, 70))
-    for way in ("materialised", "gather", "grouped"):
-        assert costs(narrow, 4)[way].seconds(A100) < costs(wide, 4)[way].seconds(A100)
+    for path in ("materialised", "gather", "grouped"):
+        assert costs(narrow, 4)[path].seconds(A100) < costs(wide, 4)[path].seconds(A100)
 
 
 def test_script_prints_the_table_of_the_documentation_and_json():
@@ -72,7 +71,7 @@ def test_script_prints_the_table_of_the_documentation_and_json():
     assert json.loads(last)["active_ratio"] == 0.5
 
 
-def test_script_takes_p_and_refuses_a_wrong_one():
+def test_script_accepts_p_and_refuses_an_invalid_one():
     result = python(REPOSITORY / "benchmarks" / "roofline.py", "--active-ratio", "0.25")
     assert "(4.00x)" in result.stdout.splitlines()[2]
     assert python(REPOSITORY / "benchmarks" / "roofline.py", "--active-ratio", "1.5").returncode == 2
