@@ -26,7 +26,6 @@ from tomoe_vllm.diagnostics.bench.shapes import SHAPES, Shape
 from tomoe_vllm.hf.tomoe_math import unpack_signature
 from tomoe_vllm.kernels import build
 from tomoe_vllm.kernels.expert_mlp import ExpertWeights, expert_mlp
-from tomoe_vllm.kernels.expert_mlp.triton.thresholds import load_thresholds
 from tomoe_vllm.kernels.expert_mlp.weight_layout import empty_panels, empty_rows, neuron_lists, neuron_order
 
 CHANGES = {"served": "", "unordered": "order", "rows": "panels", "small pages": "huge pages"}
@@ -43,7 +42,7 @@ def lay_out(masks: Tensor, hidden_size: int, without: str) -> ExpertWeights:
         up, down = (like(weights) for weights in (up, down))
     up.normal_(0, hidden_size**-0.5)
     down.normal_(0, neurons**-0.5)
-    return ExpertWeights(up, None, down, masks, *neuron_lists(masks), "silu", load_thresholds())
+    return ExpertWeights(up, None, down, masks, *neuron_lists(masks), "silu")
 
 
 def like(weights: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from tomoe_vllm.kernels.expert_activation.triton import expert_activation_triton
 from tomoe_vllm.kernels.expert_mlp.reference import expert_mlp_reference
 from tomoe_vllm.kernels.expert_mlp.triton.gather import expert_mlp_gather, gather_reduce_kernel
 from tomoe_vllm.kernels.expert_mlp.triton.grouped import expert_mlp_grouped
+from tomoe_vllm.kernels.ops import ExpertTensors
 
 LIMITS = {torch.float32: 1e-5, torch.bfloat16: 1.5e-2, torch.float16: 1.5e-3}
 """Relative RMS, overall and worst row. Rounding to bf16 between the GEMMs costs 0.4 % overall and 0.7 % in the
@@ -114,10 +115,9 @@ class Layer:
     def expected(self, hidden_states: Tensor, expert_ids: Tensor) -> Tensor:
         """The reference in float64 (float32 on a GPU, without TF32)."""
         wide = torch.float32 if hidden_states.is_cuda else torch.float64
-        bias = None if self.up_bias is None else self.up_bias.to(wide)
-        weights = (self.up_weight.to(wide), bias, self.down_weight.to(wide))
-        masks = self.masks.to(wide)
-        return expert_mlp_reference(hidden_states.to(wide), expert_ids, *weights, masks, self.activation)
+        tables = self.masks, self.neuron_ids, self.widths
+        weights = ExpertTensors(self.up_weight, self.up_bias, self.down_weight, *tables, self.activation)
+        return expert_mlp_reference(hidden_states.to(wide), expert_ids, weights.to(wide))
 
 
 def is_interpreted() -> bool:

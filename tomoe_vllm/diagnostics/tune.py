@@ -12,6 +12,7 @@ import torch
 from tomoe_vllm.diagnostics.bench.shapes import Shape
 from tomoe_vllm.kernels.expert_mlp.triton.thresholds import Thresholds, device_name
 from tomoe_vllm.kernels.expert_mlp.weight_layout import neuron_lists
+from tomoe_vllm.kernels.ops import ExpertTensors
 
 NUM_TOKENS = (1, 2, 3, 4, 6, 8, 128, 192, 256, 384, 512, 640, 768, 1024, 1536, 2048, 4096)
 """Where the cost model says that the ways may change places (docs/performance.md)."""
@@ -24,14 +25,14 @@ def best(times: dict[str, dict[int, float]]) -> Thresholds:
     A way is taken only where it was measured faster than the masked one, at that number of tokens and at all measured
     on its side: gather at all smaller, grouped at all larger ones.
     """
-    sizes = sorted(times["masked"])
+    sizes = sorted(times["dense"])
     gather, grouped = 0, NEVER
     for size in sizes:
-        if times["gather"][size] >= times["masked"][size]:
+        if times["gather"][size] >= times["dense"][size]:
             break
         gather = size
     for size in reversed(sizes):
-        if times["grouped"][size] >= times["masked"][size] or size <= gather:
+        if times["grouped"][size] >= times["dense"][size] or size <= gather:
             break
         grouped = size
     return Thresholds(gather_tokens=gather, grouped_tokens=grouped)
@@ -59,7 +60,7 @@ def tune(shape: Shape, folder: Path) -> dict:
 
 
 def _ways(shape: Shape, num_tokens: int) -> dict[str, Callable[[], object]]:
-    """Each way of the op, by thresholds that leave no other."""
+    """Each way of the op, by name."""
     from tomoe_vllm.kernels.expert_mlp.triton.dispatch import expert_mlp_cuda
 
     generator = torch.Generator(device="cuda").manual_seed(0)
@@ -73,6 +74,5 @@ def _ways(shape: Shape, num_tokens: int) -> dict[str, Callable[[], object]]:
     masks.scatter_(1, order[:, : shape.expert_width], 1.0)
     ids = torch.randint(shape.num_experts, (num_tokens,), generator=generator, device="cuda")
     x, up, down = random(num_tokens, hidden), random(2 * neurons, hidden), random(neurons, hidden)
-    arguments = (x, ids, up, None, down, masks, *neuron_lists(masks), "silu")
-    limits = {"gather": (NEVER, NEVER), "masked": (0, NEVER), "grouped": (0, 0)}
-    return {name: partial(expert_mlp_cuda, *arguments, *pair) for name, pair in limits.items()}
+    weights = ExpertTensors(up, None, down, masks, *neuron_lists(masks), "silu")
+    return {path: partial(expert_mlp_cuda, x, ids, weights, path) for path in ("gather", "dense", "grouped")}

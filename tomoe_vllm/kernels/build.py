@@ -18,6 +18,9 @@ from pathlib import Path
 
 import torch
 
+from tomoe_vllm.kernels import ops  # noqa: F401  (it defines the ops that the library implements)
+from tomoe_vllm.kernels.cache import cache_folder
+
 logger = logging.getLogger(__name__)
 
 SOURCES = Path(__file__).parent
@@ -36,12 +39,6 @@ class BuildError(RuntimeError):
 def compiler() -> str | None:
     """Path of the C++ compiler: ``CXX``, or g++ or c++ on the path; None if there is none."""
     return shutil.which(os.environ.get("CXX") or "g++") or shutil.which("c++")
-
-
-def cache_folder() -> Path:
-    """Where the library is kept."""
-    root = os.environ.get("TOMOE_CACHE_ROOT") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "tomoe_vllm"
-    return Path(root).expanduser()
 
 
 def build(isa: str | None = None) -> Path:
@@ -101,10 +98,6 @@ def compile_library(cxx: str, flags: list[str], sources: list[Path], library: Pa
 @cache
 def load() -> bool:
     """Make the C++ versions of our ops those that run on CPU tensors. Whether it worked; warns once if not."""
-    import tomoe_vllm.kernels.expert_mlp
-    import tomoe_vllm.kernels.route
-    import tomoe_vllm.kernels.value_mask  # noqa: F401  (they define the ops that the library implements)
-
     try:
         torch.ops.load_library(build())
     except (BuildError, OSError) as error:

@@ -20,7 +20,7 @@ from tomoe_vllm.kernels.expert_mlp.triton.thresholds import SHIPPED_FOLDER
 )
 def test_tuning_leaves_the_masked_way_only_where_another_was_faster(gather, grouped, expected):
     sizes = (1, 2, 256, 1024)
-    times = {"masked": dict.fromkeys(sizes, 1.0)}
+    times = {"dense": dict.fromkeys(sizes, 1.0)}
     times |= {
         name: dict(zip(sizes, values, strict=True)) for name, values in (("gather", gather), ("grouped", grouped))
     }

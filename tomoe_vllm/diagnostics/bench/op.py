@@ -27,7 +27,6 @@ from tomoe_vllm.diagnostics.bench.shapes import Shape
 from tomoe_vllm.kernels import build
 from tomoe_vllm.kernels.expert_activation import expert_activation
 from tomoe_vllm.kernels.expert_mlp import ExpertWeights, expert_mlp
-from tomoe_vllm.kernels.expert_mlp.triton.thresholds import load_thresholds
 from tomoe_vllm.kernels.expert_mlp.weight_layout import empty_panels, empty_rows, neuron_lists, neuron_order
 
 NUM_TOKENS = (1, 2, 4, 8, 16, 64, 256, 1024)
@@ -51,7 +50,7 @@ class Layer:
         self.masks = masks[:, neuron_order(masks)]  # random weights need not be reordered with them
         self.neuron_ids, self.widths = neuron_lists(self.masks)
         lists = self.masks, self.neuron_ids, self.widths
-        self.weights = ExpertWeights(self.up, None, self.down, *lists, "silu", load_thresholds())
+        self.weights = ExpertWeights(self.up, None, self.down, *lists, "silu")
         down = self.down.flatten(1)
         self.packed_up = ops.create_onednn_mm(self.up.contiguous().t(), 32)
         self.packed_down = ops.create_onednn_mm(down, 32)

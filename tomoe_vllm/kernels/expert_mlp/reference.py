@@ -1,28 +1,18 @@
-"""Plain-torch expert MLP on one copy of the weights: what every other path must equal.
-
-Rows are neurons in all three matrices (W_down is kept transposed), so an expert is a list of rows.
-"""
+"""The expert MLP in plain torch, for any device and dtype. Every kernel is compared with it."""
 
 import torch.nn.functional as F
 from torch import Tensor
 
 from tomoe_vllm.kernels.expert_activation.reference import expert_activation_reference
+from tomoe_vllm.kernels.ops import ExpertTensors
 
 
-def expert_mlp_reference(
-    hidden_states: Tensor,
-    expert_ids: Tensor,
-    up_weight: Tensor,
-    up_bias: Tensor | None,
-    down_weight: Tensor,
-    expert_masks: Tensor,
-    activation: str,
-) -> Tensor:
-    """The masked form (eq. 3, appendix B.3): dense GEMMs, and the routed expert's mask between them.
+def expert_mlp_reference(hidden_states: Tensor, expert_ids: Tensor, weights: ExpertTensors) -> Tensor:
+    """Dense GEMMs with the routed expert's mask between them (eq. 3, appendix B.3). No FLOP is saved.
 
-    ``hidden_states``: [T, D]; ``expert_ids``: [T] int64; ``up_weight``: [2F, D], the gate's rows first, or
-    [F, D] without a gate; ``up_bias``: [2F] or [F]; ``down_weight``: [F, D], one row per neuron;
-    ``expert_masks``: [N, F] of ones and zeros; all floats of one dtype. Returns [T, D], without W_down's bias.
+    ``hidden_states``: [T, D]; ``expert_ids``: [T] int64. ``weights.neuron_ids`` and ``weights.widths`` are not read.
+    Returns [T, D], without W_down's bias.
     """
-    projected = F.linear(hidden_states, up_weight, up_bias)
-    return expert_activation_reference(projected, expert_ids, expert_masks, activation) @ down_weight
+    projected = F.linear(hidden_states, weights.up, weights.up_bias)
+    hidden = expert_activation_reference(projected, expert_ids, weights.masks, weights.activation)
+    return hidden @ weights.down.flatten(1)

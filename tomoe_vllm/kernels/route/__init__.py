@@ -9,10 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tomoe_vllm.hf.tomoe_math import route as argmax_route
-
-_LIBRARY = torch.library.Library("tomoe", "FRAGMENT")
-_LIBRARY.define("route(Tensor hidden_states, Tensor router_weight) -> Tensor")
-_LIBRARY.define("route_recorded(Tensor hidden_states, Tensor router_weight, Tensor(a!) record) -> Tensor")
+from tomoe_vllm.kernels.ops import LIBRARY
 
 
 def _route(hidden_states: Tensor, router_weight: Tensor) -> Tensor:
@@ -25,14 +22,8 @@ def _route_recorded(hidden_states: Tensor, router_weight: Tensor, record: Tensor
     return expert_ids
 
 
-_LIBRARY.impl("route", _route, "CompositeExplicitAutograd")
-_LIBRARY.impl("route_recorded", _route_recorded, "CompositeExplicitAutograd")
-
-
-@torch.library.register_fake("tomoe::route", lib=_LIBRARY)
-@torch.library.register_fake("tomoe::route_recorded", lib=_LIBRARY)
-def _fake(hidden_states: Tensor, *others: Tensor) -> Tensor:
-    return hidden_states.new_empty(hidden_states.shape[:-1], dtype=torch.int64)
+LIBRARY.impl("route", _route, "CompositeExplicitAutograd")
+LIBRARY.impl("route_recorded", _route_recorded, "CompositeExplicitAutograd")
 
 
 def route(hidden_states: Tensor, router_weight: Tensor, record: Tensor | None = None) -> Tensor:

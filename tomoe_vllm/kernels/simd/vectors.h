@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <utility>
 
 #ifdef __AVX2__
 #include <immintrin.h>
@@ -102,6 +103,12 @@ inline float exp_approx(float x) {
 }
 
 enum class Activation { kSilu, kRelu, kGelu, kGeluTanh };
+
+// By Hugging Face's hidden_act: the names of ACTIVATIONS in expert_activation/reference.py.
+constexpr std::pair<const char*, Activation> kActivations[] = {
+    {"silu", Activation::kSilu},          {"relu", Activation::kRelu},          {"gelu", Activation::kGelu},
+    {"gelu_new", Activation::kGeluTanh},  {"gelu_fast", Activation::kGeluTanh}, {"gelu_pytorch_tanh", Activation::kGeluTanh},
+};
 
 template <Activation A>
 inline float activate(float x) {

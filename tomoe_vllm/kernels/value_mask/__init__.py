@@ -7,12 +7,7 @@ import torch
 from torch import Tensor
 
 from tomoe_vllm.hf.tomoe_math import mask_heads, top_mask, value_logits
-
-_LIBRARY = torch.library.Library("tomoe", "FRAGMENT")
-_LIBRARY.define(
-    "mask_values(Tensor attention, Tensor hidden_states, Tensor down_weight, Tensor down_bias, Tensor norm_weight, "
-    "Tensor norm_bias, Tensor up_weight, int width) -> Tensor"
-)
+from tomoe_vllm.kernels.ops import LIBRARY
 
 
 def mask_values_reference(
@@ -30,12 +25,7 @@ def mask_values_reference(
     return mask_heads(attention, top_mask(logits, width).to(attention.dtype))
 
 
-_LIBRARY.impl("mask_values", mask_values_reference, "CompositeExplicitAutograd")
-
-
-@torch.library.register_fake("tomoe::mask_values", lib=_LIBRARY)
-def _fake(attention: Tensor, *others: object) -> Tensor:
-    return torch.empty_like(attention, memory_format=torch.contiguous_format)
+LIBRARY.impl("mask_values", mask_values_reference, "CompositeExplicitAutograd")
 
 
 def mask_values(

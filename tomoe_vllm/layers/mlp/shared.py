@@ -10,7 +10,7 @@ from vllm.distributed import get_tensor_model_parallel_world_size, tensor_model_
 from vllm.platforms import current_platform
 
 from tomoe_vllm.hf.configuration_tomoe import block_shape
-from tomoe_vllm.kernels.expert_mlp import ExpertWeights, expert_mlp, path_of
+from tomoe_vllm.kernels.expert_mlp import ExpertWeights, expert_mlp
 from tomoe_vllm.kernels.expert_mlp.triton.thresholds import load_thresholds
 from tomoe_vllm.kernels.expert_mlp.weight_layout import neuron_order
 from tomoe_vllm.layers.mlp.neuron_rows import NeuronRows
@@ -38,7 +38,8 @@ class ToMoESharedMLP(nn.Module):
 
     def step_path(self, num_tokens: int) -> str:
         """Execution path of a step of ``num_tokens``, as metrics name it: ``shared_`` and the op's path."""
-        return f"shared_{path_of(num_tokens, self.weights.thresholds, self.expert_gate.widths.device.type)}"
+        is_gpu = self.expert_gate.widths.device.type == "cuda"
+        return f"shared_{load_thresholds().path(num_tokens) if is_gpu else 'rows'}"
 
     @property
     def projections(self) -> tuple[NeuronRows, NeuronRows]:
@@ -51,7 +52,7 @@ class ToMoESharedMLP(nn.Module):
         # .data: these tensors keep the weights' memory alive even if the parameters are replaced.
         up_bias = None if up.bias is None else up.bias.data
         lists = router.expert_masks, router.neuron_ids, router.widths
-        return ExpertWeights(up.weight.data, up_bias, down.weight.data, *lists, self.activation, load_thresholds())
+        return ExpertWeights(up.weight.data, up_bias, down.weight.data, *lists, self.activation)
 
     def finish_loading(self) -> None:
         """Permute the neurons after loading so that each expert's rows form few runs, which CPUs read faster.

@@ -5,12 +5,11 @@ import torch
 
 from tests.helpers.compare import assert_close, relative_rms
 from tomoe_vllm.kernels import build
+from tomoe_vllm.kernels.expert_activation.reference import ACTIVATIONS
 from tomoe_vllm.kernels.expert_mlp import ExpertWeights, expert_mlp
 from tomoe_vllm.kernels.expert_mlp.reference import expert_mlp_reference
-from tomoe_vllm.kernels.expert_mlp.triton.thresholds import Thresholds, load_thresholds
 from tomoe_vllm.kernels.expert_mlp.weight_layout import neuron_lists, neuron_order
-
-THRESHOLDS = Thresholds(gather_tokens=0, grouped_tokens=1)
+from tomoe_vllm.kernels.ops import ExpertTensors
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -52,17 +51,12 @@ def make_case(
 
 
 def run(case, activation="silu"):
-    return torch.ops.tomoe.expert_mlp(*case, activation, 0, 1)
-
-
-def run_prepared(case, activation="silu"):
-    return expert_mlp(*case[:2], ExpertWeights(*case[2:], activation, THRESHOLDS))
+    return expert_mlp(*case[:2], ExpertWeights(*case[2:], activation))
 
 
 def expected_output(case, activation="silu"):
     """[T, D] float64."""
-    wide = [t.double() if t is not None and t.is_floating_point() else t for t in case[:6]]
-    return expert_mlp_reference(*wide, activation)
+    return expert_mlp_reference(case[0].double(), case[1], ExpertTensors(*case[2:], activation).to(torch.float64))
 
 
 CASES = [
@@ -101,18 +95,16 @@ def test_equals_the_reference(shape, threads):
     assert actual.is_contiguous()
     assert actual.dtype == torch.float32
     assert_close(actual, expected_output(case), 1e-5)
-    assert torch.equal(run_prepared(case), actual)
     assert all(a is b or torch.equal(a, b) for a, b in zip(before, case, strict=True)), "inputs belong to the caller"
 
 
 @pytest.mark.parametrize(("is_gated", "has_bias"), [(True, True), (True, False), (False, True), (False, False)])
-@pytest.mark.parametrize("activation", ["silu", "relu", "gelu", "gelu_new"])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("tokens", [1, 21, 150], ids=["one token", "few tokens", "tokens in lanes"])
 def test_activations_gates_and_biases(tokens, activation, is_gated, has_bias):
     case = make_case(tokens, 48, 70, 2, is_gated=is_gated, has_bias=has_bias)
     case[0] *= 3
     assert_close(run(case, activation), expected_output(case, activation), 1e-5)
-    assert torch.equal(run_prepared(case, activation), run(case, activation))
 
 
 @pytest.mark.parametrize("is_ordered", [False, True])
@@ -136,7 +128,6 @@ def test_rows_may_lie_apart(hidden):
     up, down = (torch.full((len(rows), hidden + 16), torch.nan)[:, :hidden].copy_(rows) for rows in (case[2], case[4]))
     apart = [*case[:2], up, case[3], down, *case[5:]]
     assert torch.equal(run(apart), run(case))
-    assert torch.equal(run_prepared(apart), run(case))
 
 
 @pytest.mark.parametrize("tokens", [1, 3, 40, 150, 400])
@@ -147,7 +138,6 @@ def test_w_down_may_come_in_panels(tokens, hidden, width, threads):
     in_panels = [*case[:4], panels, *case[5:]]
     assert torch.equal(run(in_panels), run(case))
     assert_close(run(in_panels), expected_output(case), 1e-5)
-    assert torch.equal(run_prepared(in_panels), run(case))
 
 
 def test_strided_input_is_taken():
@@ -214,10 +204,10 @@ print("all")
 
 def test_operator_registration_is_sound():
     case = make_case(5, 64, 96, 8)
-    torch.library.opcheck(torch.ops.tomoe.expert_mlp.default, (*case, "silu", 4, 8))
+    torch.library.opcheck(torch.ops.tomoe.expert_mlp.default, (*case, "silu"))
     torch.library.opcheck(torch.ops.tomoe.route.default, (case[0], torch.randn(8, 64)))
-    prepared = ExpertWeights(*case[2:], "silu", THRESHOLDS).prepared
-    torch.library.opcheck(torch.ops.tomoe.prepared_expert_mlp.default, (*case[:2], prepared))
+    weights = ExpertWeights(*case[2:], "silu")
+    torch.library.opcheck(torch.ops.tomoe.prepared_expert_mlp.default, (*case[:2], weights.handle))
     record = torch.zeros(9, dtype=torch.uint8)
     torch.library.opcheck(torch.ops.tomoe.route_recorded.default, (case[0], torch.randn(8, 64), record))
 
@@ -235,15 +225,15 @@ def test_traces_once_for_every_number_of_tokens(monkeypatch, is_prepared):
     compiled = torch.compile(expert_mlp, backend=backend, fullgraph=True, dynamic=True)
     for tokens in (2, 5, 16):
         case = make_case(tokens, 48, 64, 8)
-        weights = ExpertWeights(*case[2:], "silu", THRESHOLDS)
-        assert (weights.prepared is not None) == is_prepared
+        weights = ExpertWeights(*case[2:], "silu")
+        assert (weights.handle is not None) == is_prepared
         assert torch.equal(compiled(*case[:2], weights), expert_mlp(*case[:2], weights))
     assert len(graphs) == 1
 
 
 def test_weights_may_change_in_place_once_they_are_prepared():
     case, other = make_case(6, 64, 96, 8), make_case(6, 64, 96, 8, seed=1)
-    weights = ExpertWeights(*case[2:], "silu", THRESHOLDS)
+    weights = ExpertWeights(*case[2:], "silu")
     expert_mlp(*case[:2], weights)
     for index in (2, 4):
         case[index].copy_(other[index])
@@ -255,11 +245,10 @@ def test_weights_may_change_in_place_once_they_are_prepared():
 )
 def test_weights_that_the_kernel_does_not_take_are_not_prepared(change):
     case = [change(t) if t is not None and t.is_floating_point() else t for t in make_case(6, 64, 96, 8)]
-    weights = ExpertWeights(*case[2:], "silu", THRESHOLDS)
-    assert weights.prepared is None
+    weights = ExpertWeights(*case[2:], "silu")
+    assert weights.handle is None
     if not case[0].is_meta:
-        with pytest.raises(RuntimeError, match="takes float32"):
-            expert_mlp(*case[:2], weights)
+        assert_close(expert_mlp(*case[:2], weights).float(), expected_output(case), 2e-2)
 
 
 @pytest.mark.parametrize(
@@ -273,17 +262,17 @@ def test_shapes_that_do_not_belong_together_are_refused(index, change, message):
     case = make_case(5, 64, 96, 8)
     case[index] = change(case[index])
     with pytest.raises(ValueError, match=message):
-        ExpertWeights(*case[2:], "silu", THRESHOLDS)
+        ExpertWeights(*case[2:], "silu")
 
 
 def test_tokens_of_another_width_are_refused(monkeypatch):
     case = make_case(5, 64, 96, 8)
     narrow = [case[0][:, :60], *case[1:]]
     with pytest.raises(RuntimeError, match=r"hidden_states has 60 columns; the weights have 64"):
-        run_prepared(narrow)
+        run(narrow)
     monkeypatch.setattr(build, "load", lambda: False)
     with pytest.raises(ValueError, match=r"hidden_states has 60 columns; the weights have 64"):
-        run_prepared(narrow)
+        run(narrow)
 
 
 def test_what_the_kernel_cannot_read_is_refused():
@@ -292,12 +281,15 @@ def test_what_the_kernel_cannot_read_is_refused():
         run([case[0], torch.tensor([0, 1, 8, 0, 0]), *case[2:]])
     with pytest.raises(RuntimeError, match="takes float32"):
         run([case[0].bfloat16(), *case[1:]])
-    with pytest.raises(RuntimeError, match="must have the 64 columns of up_weight"):
-        run([*case[:4], case[4][:, :60], *case[5:]])
+    prepare = torch.ops.tomoe.prepare_experts
+    with pytest.raises(RuntimeError, match="must have the 64 columns of up"):
+        prepare(case[2], None, case[4][:, :60], *case[6:], "silu")
+    with pytest.raises(RuntimeError, match=r"up has 100 rows; for the 96 neurons of down"):
+        prepare(case[2][:100], None, case[4], *case[6:], "silu")
+    with pytest.raises(RuntimeError, match=r"activation is 'tanh'; the CPU kernels have silu, relu, gelu,"):
+        prepare(case[2], None, case[4], *case[6:], "tanh")
     with pytest.raises(RuntimeError, match=r"there are 4 expert_ids for 5 tokens"):
         run([case[0], case[1][:4], *case[2:]])
-    with pytest.raises(RuntimeError, match=r"takes what tomoe::prepare_experts has made"):
-        torch.ops.tomoe.prepared_expert_mlp(case[0], case[1], torch.zeros(3, dtype=torch.uint8))
 
 
 def test_lists_that_point_elsewhere_are_refused():
@@ -309,13 +301,13 @@ def test_lists_that_point_elsewhere_are_refused():
     for place, value in (((2, 0), 96), ((7, 3), -1)):
         message = rf"neuron_ids\[{place[0]}, {place[1]}\] is {value}; there are 96 neurons"
         with pytest.raises(RuntimeError, match=message):
-            run_prepared(change(6, place, value))
+            run(change(6, place, value))
     with pytest.raises(RuntimeError, match=r"widths\[1\] is 97; neuron_ids has \d+ columns"):
-        run_prepared(change(7, 1, 97))
+        run(change(7, 1, 97))
     case = make_case(5, 64, 96, 8, has_bias=True)
     case[3] = case[3].double()
     with pytest.raises(RuntimeError, match="up_bias must be contiguous and float32"):
-        run_prepared(case)
+        run(case)
 
 
 def test_without_a_compiler_it_says_so_and_stays_in_torch(monkeypatch, caplog):
@@ -334,20 +326,3 @@ def test_a_failing_compiler_is_one_line(monkeypatch, tmp_path):
     monkeypatch.setenv("TOMOE_CACHE_ROOT", str(tmp_path))
     with pytest.raises(build.BuildError, match=r"false failed: exit code 1"):
         build.build()
-
-
-def test_thresholds_of_this_device_are_read_from_the_named_folder(monkeypatch, tmp_path):
-    from tomoe_vllm.kernels.expert_mlp.triton.thresholds import device_name
-
-    monkeypatch.setenv("TOMOE_TUNED_CONFIG_FOLDER", str(tmp_path))
-    file = tmp_path / f"{device_name()}.json"
-    try:
-        file.write_text('{"gather_tokens": 3, "grouped_tokens": 5}')
-        load_thresholds.cache_clear()
-        assert load_thresholds() == Thresholds(gather_tokens=3, grouped_tokens=5)
-        file.write_text('{"gather_tokens": 3}')
-        load_thresholds.cache_clear()
-        with pytest.raises(ValueError, match="it must hold gather_tokens, grouped_tokens"):
-            load_thresholds()
-    finally:
-        load_thresholds.cache_clear()

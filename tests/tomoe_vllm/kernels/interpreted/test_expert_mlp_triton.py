@@ -19,6 +19,7 @@ from tomoe_vllm.kernels.expert_mlp.triton.grouped import (
     group_tokens,
     grouped_config,
 )
+from tomoe_vllm.kernels.ops import ExpertTensors
 
 LIMITS = {torch.float32: 1e-5, torch.float16: 1.5e-3}
 """Relative RMS; float16: hidden and output rounded to 2^-11 each. Measured: 3e-4 overall, 4e-4 worst row."""
@@ -55,11 +56,9 @@ class Case:
 
     def expected(self) -> Tensor:
         """[T, D] float64."""
-        bias = None if self.up_bias is None else self.up_bias.double()
-        weights = (self.up_weight.double(), bias, self.down_weight.double())
-        return expert_mlp_reference(
-            self.hidden_states.double(), self.expert_ids, *weights, self.masks.double(), self.activation
-        )
+        tables = self.masks, *self.tables()
+        weights = ExpertTensors(self.up_weight, self.up_bias, self.down_weight, *tables, self.activation)
+        return expert_mlp_reference(self.hidden_states.double(), self.expert_ids, weights.to(torch.float64))
 
 
 def make_case(

@@ -17,6 +17,7 @@
 
 #include "../../simd/tensors.h"
 #include "decode.h"
+#include "registry.h"
 #include "up_transposed.h"
 
 namespace tomoe {
@@ -110,54 +111,67 @@ void run_pass(const Problem& p, const int64_t* expert_ids, int64_t first, int64_
 }
 
 Activation activation_of(const std::string& name) {
-  if (name == "silu") return Activation::kSilu;
-  if (name == "relu") return Activation::kRelu;
-  if (name == "gelu") return Activation::kGelu;
-  return Activation::kGeluTanh;  // gelu_new and its aliases: Python has checked the name
+  for (const auto& [known, activation] : kActivations)
+    if (name == known) return activation;
+  std::string all;
+  for (const auto& [known, activation] : kActivations) all += (all.empty() ? "" : ", ") + std::string(known);
+  STD_TORCH_CHECK(false, "activation is '", name, "'; the CPU kernels have ", all);
 }
 
-Weights weights_of(const Tensor& up_weight, const std::optional<Tensor>& up_bias, const Tensor& down_weight,
-                   const Tensor& neuron_ids, const Tensor& widths, const std::string& activation) {
-  STD_TORCH_CHECK(up_weight.scalar_type() == ScalarType::Float && down_weight.scalar_type() == ScalarType::Float,
-                  "tomoe::expert_mlp on CPU takes float32; up_weight and down_weight must be such");
-  const bool is_in_panels = down_weight.dim() == 3;
-  STD_TORCH_CHECK(up_weight.dim() == 2 && (is_in_panels || down_weight.dim() == 2),
-                  "tomoe::expert_mlp takes up_weight as a matrix, and down_weight as a matrix or in panels");
-  const int64_t depth = up_weight.size(1), panel_columns = is_in_panels ? down_weight.size(2) : depth;
-  STD_TORCH_CHECK(down_weight.size(1) * (is_in_panels ? panel_columns : 1) == depth, "down_weight must have the ", depth,
-                  " columns of up_weight");
-  STD_TORCH_CHECK(up_weight.stride(1) == 1 && down_weight.stride(down_weight.dim() - 1) == 1,
-                  "tomoe::expert_mlp takes rows of up_weight and down_weight that are contiguous");
+// The pointers and sizes of a layer's weights. Everything that the kernels rely on is checked here, once per layer.
+Weights weights_of(const Tensor& up, const std::optional<Tensor>& up_bias, const Tensor& down, const Tensor& neuron_ids,
+                   const Tensor& widths, const std::string& activation) {
+  STD_TORCH_CHECK(up.scalar_type() == ScalarType::Float && down.scalar_type() == ScalarType::Float,
+                  "tomoe::prepare_experts takes float32 weights on a CPU");
+  const bool is_in_panels = down.dim() == 3;
+  STD_TORCH_CHECK(up.dim() == 2 && (is_in_panels || down.dim() == 2),
+                  "up must be a matrix, and down a matrix or [F, panels, columns]");
+  const int64_t depth = up.size(1), neurons = down.size(0), panel_columns = is_in_panels ? down.size(2) : depth;
+  STD_TORCH_CHECK(down.size(1) * (is_in_panels ? panel_columns : 1) == depth, "down must have the ", depth,
+                  " columns of up");
+  STD_TORCH_CHECK(neurons > 0 && (up.size(0) == neurons || up.size(0) == 2 * neurons), "up has ", up.size(0),
+                  " rows; for the ", neurons, " neurons of down it must have one or two for each");
+  STD_TORCH_CHECK(up.stride(1) == 1 && down.stride(down.dim() - 1) == 1, "rows of up and down must be contiguous");
   STD_TORCH_CHECK(neuron_ids.is_contiguous() && widths.is_contiguous() && neuron_ids.scalar_type() == ScalarType::Int &&
                       widths.scalar_type() == ScalarType::Int,
                   "neuron_ids and widths must be contiguous and int32");
-  STD_TORCH_CHECK(!up_bias || (up_bias->scalar_type() == ScalarType::Float && up_bias->is_contiguous()),
-                  "up_bias must be contiguous and float32");
-  STD_TORCH_CHECK(depth <= kMaxSlice * kMaxSlices, "tomoe::expert_mlp on CPU takes up to ",
-                  kMaxSlice * kMaxSlices, " columns");
+  STD_TORCH_CHECK(neuron_ids.dim() == 2 && widths.numel() == neuron_ids.size(0),
+                  "neuron_ids must be a matrix with a row for each of widths");
+  STD_TORCH_CHECK(!up_bias || (up_bias->scalar_type() == ScalarType::Float && up_bias->is_contiguous() &&
+                               up_bias->numel() == up.size(0)),
+                  "up_bias must be contiguous and float32, with one value for each row of up");
+  STD_TORCH_CHECK(depth <= kMaxSlice * kMaxSlices, "the CPU kernels take up to ", kMaxSlice * kMaxSlices, " columns");
   Weights w;
-  w.up = data_of<const float>(up_weight);
+  w.up = data_of<const float>(up);
   w.up_bias = up_bias.has_value() ? data_of<const float>(*up_bias) : nullptr;
-  w.down = data_of<const float>(down_weight);
+  w.down = data_of<const float>(down);
   w.ids = data_of<const int32_t>(neuron_ids);
   w.widths = data_of<const int32_t>(widths);
   w.depth = depth;
-  w.neurons = down_weight.size(0);
+  w.neurons = neurons;
   w.experts = neuron_ids.size(0);
   w.max_width = neuron_ids.size(1);
-  w.up_stride = up_weight.stride(0);
-  w.down_stride = down_weight.stride(0);
+  w.up_stride = up.stride(0);
+  w.down_stride = down.stride(0);
   w.panel_columns = is_in_panels ? panel_columns : kPanelColumns;
-  w.panel_stride = is_in_panels ? down_weight.stride(1) : kPanelColumns;
-  w.rows_per_neuron = static_cast<int>(up_weight.size(0) / w.neurons);
+  w.panel_stride = is_in_panels ? down.stride(1) : kPanelColumns;
+  w.rows_per_neuron = static_cast<int>(up.size(0) / neurons);
   w.activation = activation_of(activation);
+  for (int64_t e = 0; e < w.experts; ++e) {
+    const List list{w.ids + e * w.max_width, w.widths[e]};
+    STD_TORCH_CHECK(list.size >= 0 && list.size <= w.max_width, "widths[", e, "] is ", list.size, "; neuron_ids has ",
+                    w.max_width, " columns");
+    for (int64_t i = 0; i < list.size; ++i)
+      STD_TORCH_CHECK(list.ids[i] >= 0 && list.ids[i] < w.neurons, "neuron_ids[", e, ", ", i, "] is ", list.ids[i],
+                      "; there are ", w.neurons, " neurons");
+  }
   return w;
 }
 
 Tensor run(const Tensor& hidden_states, const Tensor& expert_ids, const Weights& weights) {
   STD_TORCH_CHECK(hidden_states.scalar_type() == ScalarType::Float,
-                  "tomoe::expert_mlp on CPU takes float32; hidden_states must be such");
-  STD_TORCH_CHECK(hidden_states.dim() == 2, "tomoe::expert_mlp takes hidden_states as a matrix");
+                  "tomoe::prepared_expert_mlp takes float32; hidden_states must be such");
+  STD_TORCH_CHECK(hidden_states.dim() == 2, "tomoe::prepared_expert_mlp takes hidden_states as a matrix");
   STD_TORCH_CHECK(hidden_states.size(1) == weights.depth, "hidden_states has ", hidden_states.size(1),
                   " columns; the weights have ", weights.depth);
   STD_TORCH_CHECK(expert_ids.scalar_type() == ScalarType::Long && expert_ids.is_contiguous(),
@@ -177,41 +191,33 @@ Tensor run(const Tensor& hidden_states, const Tensor& expert_ids, const Weights&
   return out;
 }
 
-Tensor expert_mlp(Tensor hidden_states, Tensor expert_ids, Tensor up_weight, std::optional<Tensor> up_bias,
-                  Tensor down_weight, Tensor expert_masks, Tensor neuron_ids, Tensor widths, std::string activation,
-                  int64_t gather_tokens, int64_t grouped_tokens) {
-  return run(hidden_states, expert_ids, weights_of(up_weight, up_bias, down_weight, neuron_ids, widths, activation));
+Tensor prepare_experts(Tensor up, std::optional<Tensor> up_bias, Tensor down, Tensor neuron_ids, Tensor widths,
+                       std::string activation) {
+  const Weights weights = weights_of(up, up_bias, down, neuron_ids, widths, activation);
+  const auto prepared = std::make_shared<Prepared>();
+  prepared->weights = weights;
+  prepared->neuron_ids.assign(weights.ids, weights.ids + neuron_ids.numel());
+  prepared->widths.assign(weights.widths, weights.widths + widths.numel());
+  prepared->weights.ids = prepared->neuron_ids.data();
+  prepared->weights.widths = prepared->widths.data();
+  prepared->memory = {OwnedMemory(up), OwnedMemory(down)};
+  if (up_bias) prepared->memory.emplace_back(*up_bias);
+  return registry().add(prepared);
 }
 
-// What expert_mlp makes of its weights in each call, as bytes: one token notices the checks, and memory that eight
-// tensors touch. They point into the tensors, which must outlive them.
-Tensor prepare_experts(Tensor up_weight, std::optional<Tensor> up_bias, Tensor down_weight, Tensor neuron_ids,
-                       Tensor widths, std::string activation) {
-  const Weights weights = weights_of(up_weight, up_bias, down_weight, neuron_ids, widths, activation);
-  for (int64_t e = 0; e < weights.experts; ++e) {
-    const List list{weights.ids + e * weights.max_width, weights.widths[e]};
-    STD_TORCH_CHECK(list.size >= 0 && list.size <= weights.max_width, "widths[", e, "] is ", list.size,
-                    "; neuron_ids has ", weights.max_width, " columns");
-    for (int64_t i = 0; i < list.size; ++i)
-      STD_TORCH_CHECK(list.ids[i] >= 0 && list.ids[i] < weights.neurons, "neuron_ids[", e, ", ", i, "] is ",
-                      list.ids[i], "; there are ", weights.neurons, " neurons");
-  }
-  const Tensor prepared = empty({static_cast<int64_t>(sizeof weights)}, aoti_torch_dtype_uint8());
-  std::memcpy(prepared.data_ptr(), &weights, sizeof weights);
-  return prepared;
+Tensor prepared_expert_mlp(Tensor hidden_states, Tensor expert_ids, Tensor handle) {
+  const std::shared_ptr<const Prepared> prepared = registry().find(handle);  // not freed before the call ends
+  prepared->check_memory();
+  return run(hidden_states, expert_ids, prepared->weights);
 }
 
-Tensor prepared_expert_mlp(Tensor hidden_states, Tensor expert_ids, Tensor prepared) {
-  STD_TORCH_CHECK(prepared.scalar_type() == ScalarType::Byte && prepared.numel() == sizeof(Weights),
-                  "tomoe::prepared_expert_mlp takes what tomoe::prepare_experts has made");
-  return run(hidden_states, expert_ids, *data_of<const Weights>(prepared));
-}
+void release_experts(Tensor handle) { registry().remove(handle); }
 
 }  // namespace
 }  // namespace tomoe
 
 STABLE_TORCH_LIBRARY_IMPL(tomoe, CPU, m) {
-  m.impl("expert_mlp", TORCH_BOX(&tomoe::expert_mlp));
   m.impl("prepare_experts", TORCH_BOX(&tomoe::prepare_experts));
   m.impl("prepared_expert_mlp", TORCH_BOX(&tomoe::prepared_expert_mlp));
+  m.impl("release_experts", TORCH_BOX(&tomoe::release_experts));
 }

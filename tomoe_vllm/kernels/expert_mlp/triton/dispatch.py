@@ -11,44 +11,30 @@ doctor` must have found the kernels right on this kind of GPU before the layer t
 
 from functools import cache
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from tomoe_vllm.kernels.expert_activation.triton import expert_activation_triton
 from tomoe_vllm.kernels.expert_mlp.triton.gather import expert_mlp_gather
 from tomoe_vllm.kernels.expert_mlp.triton.grouped import expert_mlp_grouped
-
-_LIBRARY = torch.library.Library("tomoe", "FRAGMENT")
+from tomoe_vllm.kernels.expert_mlp.triton.thresholds import load_thresholds
+from tomoe_vllm.kernels.ops import LIBRARY, ExpertTensors
 
 
 def expert_mlp_cuda(
-    hidden_states: Tensor,
-    expert_ids: Tensor,
-    up_weight: Tensor,
-    up_bias: Tensor | None,
-    down_weight: Tensor,
-    expert_masks: Tensor,
-    neuron_ids: Tensor,
-    widths: Tensor,
-    activation: str,
-    gather_tokens: int,
-    grouped_tokens: int,
+    hidden_states: Tensor, expert_ids: Tensor, weights: ExpertTensors, path: str | None = None
 ) -> Tensor:
-    """See :func:`tomoe_vllm.kernels.expert_mlp.expert_mlp`."""
-    num_tokens = hidden_states.shape[0]
-    lists = (hidden_states, expert_ids, up_weight, up_bias, down_weight, neuron_ids, widths, activation)
-    if num_tokens <= gather_tokens:
-        return expert_mlp_gather(*lists)
-    if num_tokens >= grouped_tokens:
-        return expert_mlp_grouped(*lists)
-    projected = F.linear(hidden_states, up_weight, up_bias)
-    return expert_activation_triton(projected, expert_ids, expert_masks, activation) @ down_weight
+    """See :func:`tomoe_vllm.kernels.expert_mlp.expert_mlp`. ``path``: by default that of the device's thresholds."""
+    path = path or load_thresholds().path(hidden_states.shape[0])
+    up, up_bias, down, masks, neuron_ids, widths, activation = weights.flat()
+    if path == "dense":
+        projected = F.linear(hidden_states, up, up_bias)
+        return expert_activation_triton(projected, expert_ids, masks, activation) @ down
+    run = expert_mlp_gather if path == "gather" else expert_mlp_grouped
+    return run(hidden_states, expert_ids, up, up_bias, down, neuron_ids, widths, activation)
 
 
 @cache
 def load() -> None:
     """Make this the version of ``tomoe::expert_mlp`` that runs on CUDA tensors."""
-    import tomoe_vllm.kernels.expert_mlp  # noqa: F401  (it defines the op)
-
-    _LIBRARY.impl("expert_mlp", expert_mlp_cuda, "CUDA")
+    LIBRARY.impl("expert_mlp", lambda x, ids, *weights: expert_mlp_cuda(x, ids, ExpertTensors(*weights)), "CUDA")

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from tomoe_vllm.kernels.build import cache_folder
+from tomoe_vllm.kernels.cache import cache_folder
 
 SHIPPED_FOLDER = Path(__file__).parent / "configs"
 FOLDER_VARIABLE = "TOMOE_TUNED_CONFIG_FOLDER"
@@ -28,6 +28,12 @@ class Thresholds:
 
     gather_tokens: int
     grouped_tokens: int
+
+    def path(self, num_tokens: int) -> str:
+        """ "gather", "dense" or "grouped": the execution path for a step of ``num_tokens``."""
+        if num_tokens <= self.gather_tokens:
+            return "gather"
+        return "grouped" if num_tokens >= self.grouped_tokens else "dense"
 
 
 def device_name() -> str:

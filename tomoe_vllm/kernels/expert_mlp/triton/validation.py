@@ -6,7 +6,7 @@ The layer calls :func:`read_verdict` once per process, where it chooses its layo
     verdict.agrees      gather and grouped may be used
     not verdict.agrees  the shared layout is refused; ``verdict.failures`` says why
 
-One JSON file per kind of GPU, where the compiled kernels are kept (``build.cache_folder``).
+One JSON file per kind of GPU, where the compiled kernels are kept (``kernels/cache.py``).
 """
 
 import hashlib
@@ -18,7 +18,7 @@ from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from tomoe_vllm.kernels.build import cache_folder
+from tomoe_vllm.kernels.cache import cache_folder
 
 _KERNELS = Path(__file__).parents[2]
 

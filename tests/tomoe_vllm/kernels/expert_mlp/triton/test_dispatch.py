@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from tests.helpers.compare import assert_close
-from tomoe_vllm.kernels.expert_mlp import path_of
 from tomoe_vllm.kernels.expert_mlp.reference import expert_mlp_reference
 from tomoe_vllm.kernels.expert_mlp.triton import validation as verdict
 from tomoe_vllm.kernels.expert_mlp.triton.thresholds import Thresholds
 from tomoe_vllm.kernels.expert_mlp.weight_layout import neuron_lists
+from tomoe_vllm.kernels.ops import ExpertTensors
 
 cuda = pytest.importorskip(
     "tomoe_vllm.kernels.expert_mlp.triton.dispatch", reason="triton is not installed", exc_type=ImportError
@@ -18,20 +18,14 @@ cuda = pytest.importorskip(
 def _problem(num_tokens):
     generator = torch.Generator().manual_seed(0)
     masks = (torch.rand(4, 12, generator=generator) > 0.5).float()
-    return (
-        torch.randn(num_tokens, 8, generator=generator),
-        torch.randint(0, 4, (num_tokens,), generator=generator),
-        torch.randn(24, 8, generator=generator),
-        None,
-        torch.randn(12, 8, generator=generator),
-        masks,
-        *neuron_lists(masks),
-        "silu",
-    )
+    hidden_states = torch.randn(num_tokens, 8, generator=generator)
+    expert_ids = torch.randint(0, 4, (num_tokens,), generator=generator)
+    up, down = torch.randn(24, 8, generator=generator), torch.randn(12, 8, generator=generator)
+    return hidden_states, expert_ids, ExpertTensors(up, None, down, masks, *neuron_lists(masks), "silu")
 
 
 @pytest.mark.parametrize(
-    ("num_tokens", "expected"), [(1, "gather"), (3, "gather"), (4, "masked"), (639, "masked"), (640, "grouped")]
+    ("num_tokens", "expected"), [(1, "gather"), (3, "gather"), (4, "dense"), (639, "dense"), (640, "grouped")]
 )
 def test_number_of_tokens_chooses_the_way(num_tokens, expected, monkeypatch):
     taken = []
@@ -43,12 +37,13 @@ def test_number_of_tokens_chooses_the_way(num_tokens, expected, monkeypatch):
             masks = torch.zeros(len(widths), len(down))
             for row, (neurons, width) in enumerate(zip(neuron_ids, widths, strict=True)):
                 masks[row, neurons[:width].long()] = 1
-            return expert_mlp_reference(x, ids, up, bias, down, masks, activation)
+            weights = ExpertTensors(up, bias, down, masks, neuron_ids, widths, activation)
+            return expert_mlp_reference(x, ids, weights)
 
         return run
 
     def masked(projected, ids, masks, activation):
-        taken.append("masked")
+        taken.append("dense")
         gate, up = projected.chunk(2, dim=-1)
         return torch.nn.functional.silu(gate) * up * masks[ids]
 
@@ -56,12 +51,12 @@ def test_number_of_tokens_chooses_the_way(num_tokens, expected, monkeypatch):
     monkeypatch.setattr(cuda, "expert_mlp_grouped", stand_in("grouped"))
     monkeypatch.setattr(cuda, "expert_activation_triton", masked)
     problem = _problem(num_tokens)
-    out = cuda.expert_mlp_cuda(*problem, 3, 640)
+    monkeypatch.setattr(cuda, "load_thresholds", lambda: Thresholds(gather_tokens=3, grouped_tokens=640))
+    out = cuda.expert_mlp_cuda(*problem)
     assert taken == [expected]
-    thresholds = Thresholds(gather_tokens=3, grouped_tokens=640)
-    assert path_of(num_tokens, thresholds, "cuda") == expected  # what a step is called
-    assert path_of(num_tokens, thresholds, "cpu") == "rows"
-    assert_close(out, expert_mlp_reference(*problem[:6], problem[-1]))
+    assert_close(out, expert_mlp_reference(*problem))
+    cuda.expert_mlp_cuda(*problem, "grouped")
+    assert taken == [expected, "grouped"]
 
 
 def test_shared_layout_waits_for_the_doctor_and_obeys_it(monkeypatch, tmp_path):
