@@ -28,12 +28,14 @@ ALLOWED: dict[str, set[str]] = {
     "tomoe_vllm.diagnostics.bench.worker": {"tomoe_vllm.layers.norm", "vllm"},
     "tomoe_vllm.plugin": {"tomoe_vllm.models", "tomoe_vllm.hf", "vllm"},
     "tomoe_vllm.compat": {"vllm"},
+    "tomoe_vllm.settings": set(),
     "tomoe_vllm.cli": {"tomoe_vllm", "tomoe_training", "tomoe_serving"},
     "tomoe_training": {
-        "tomoe_vllm.hf", "tomoe_vllm.layers.attention.kv_layout", "tomoe_vllm.__version__", "transformers",
+        "tomoe_vllm.hf", "tomoe_vllm.layers.attention.kv_layout", "tomoe_vllm.__version__", "tomoe_vllm.settings",
+        "transformers",
     },
     "tomoe_training.evaluation.vllm_perplexity": {"vllm"},
-    "tomoe_serving": {"tomoe_vllm.__version__"},
+    "tomoe_serving": {"tomoe_vllm.__version__", "tomoe_vllm.settings"},
     "tomoe_serving.server.engine": {"tomoe_serving", "vllm"},
     "tomoe_serving.api.vllm_endpoint_plugin": {"tomoe_serving", "tomoe_training.artifacts.inspection"},
 }  # fmt: skip

@@ -1,11 +1,17 @@
 """A run's settings: order of precedence, and one clear error for each misuse."""
 
-import dataclasses
+import json
+import typing
 from pathlib import Path
 
 import pytest
 import yaml
-from tomoe_training.config import RunConfig, load_run_config
+from tomoe_training.config import FinetuneConfig, MethodSettings, RunConfig, load_run_config
+
+from tomoe_vllm.hf.configuration_tomoe import VO_MODES
+from tomoe_vllm.settings import resolve
+
+ADAPTERS = sorted((Path(__file__).parents[2] / "adapters").glob("*/adapter_config.json"))
 
 
 def test_defaults_are_those_of_the_paper_where_it_gives_them():
@@ -46,25 +52,28 @@ def test_assignments_are_typed(assignment, name, value):
         ("learning-rate=3", "unknown setting 'learning-rate'; did you mean 'learning_rate'?"),
         ("zzzzzz=3", "unknown setting 'zzzzzz'; known: active_ratio, "),
         ("steps", "--set takes key=value, got 'steps'"),
-        ("steps=many", "steps is 'many'; it must be int"),
-        ("steps=1.5", "steps is 1.5; it must be int"),
-        ("steps=true", "steps is True; it must be int"),
-        ("tensorboard=1", "tensorboard is 1; it must be bool"),
-        ("data=a.txt", "data is 'a.txt'; it must be list"),
-        ("micro_batch_size=x", "micro_batch_size is 'x'; it must be int or nothing"),
-        ("active_ratio=0", r"active_ratio is 0.0; it must be in (0, 1]"),
-        ("active_ratio=1.01", r"active_ratio is 1.01; it must be in (0, 1]"),
-        ("active_ratio=.nan", r"active_ratio is nan; it must be in (0, 1]"),
-        ("vo_mode=fast", "vo_mode is 'fast'; it must be one of dynamic, static, none"),
-        ("objective=mse", "objective is 'mse'; it must be one of kd, lm"),
-        ("budget=loose", "budget is 'loose'; it must be one of exact, penalty"),
-        ("schedule=step", "schedule is 'step'; it must be one of constant, linear, cosine"),
-        ("dtype=float16", "dtype is 'float16'; it must be one of auto, float32, bfloat16"),
+        ("steps=many", "steps is 'many'; it must be a valid integer"),
+        ("steps=1.5", "steps is 1.5; it must be a valid integer"),
+        ("steps=true", "steps is True; it must be a valid integer"),
+        ("tensorboard=1", "tensorboard is 1; it must be a valid boolean"),
+        ("data=a.txt", "data is 'a.txt'; it must be a valid list"),
+        ("data=[1]", "data.0 is 1; it must be a valid string"),
+        ("micro_batch_size=x", "micro_batch_size is 'x'; it must be a valid integer"),
+        ("active_ratio=0", "active_ratio is 0; it must be greater than 0"),
+        ("active_ratio=1.01", "active_ratio is 1.01; it must be at most 1"),
+        ("active_ratio=.nan", "active_ratio is nan; it must be a finite number"),
+        ("learning_rate=.inf", "learning_rate is inf; it must be a finite number"),
+        ("vo_mode=fast", "vo_mode is 'fast'; it must be 'dynamic', 'static' or 'none'"),
+        ("objective=mse", "objective is 'mse'; it must be 'kd' or 'lm'"),
+        ("budget=loose", "budget is 'loose'; it must be 'exact' or 'penalty'"),
+        ("schedule=step", "schedule is 'step'; it must be 'constant', 'linear' or 'cosine'"),
+        ("dtype=float16", "dtype is 'float16'; it must be 'auto', 'float32' or 'bfloat16'"),
         ("num_experts=0", "num_experts is 0; it must be at least 1"),
         ("batch_size=-1", "batch_size is -1; it must be at least 1"),
         ("sequence_length=1", "sequence_length is 1; it must be at least 2"),
-        ("tau=0", "tau is 0.0; it must be positive"),
-        ("value_router_dim=127", "value_router_dim is 127; it must be even"),
+        ("widths_every=-1", "widths_every is -1; it must be at least 0"),
+        ("tau=0", "tau is 0; it must be greater than 0"),
+        ("value_router_dim=127", "value_router_dim is 127; it must be a multiple of 2"),
         ("notes={", "--set notes: '{' is not valid YAML"),
     ],
 )
@@ -72,6 +81,7 @@ def test_misuse_is_one_clear_error(assignment, message):
     with pytest.raises(ValueError) as raised:  # noqa: PT011 (the message is compared below)
         load_run_config(None, {}, [assignment])
     assert message in str(raised.value)
+    assert "\n" not in str(raised.value)
 
 
 @pytest.mark.parametrize("text", ["- 1\n", "steps: [\n", "steps: 1\nstepz: 2\n"])
@@ -83,12 +93,52 @@ def test_bad_file_is_an_error(text, tmp_path):
 
 
 def test_missing_file_is_named():
-    with pytest.raises(FileNotFoundError, match="no such run config: "):
+    with pytest.raises(FileNotFoundError, match="no such configuration file: "):
         load_run_config(Path("/nowhere.yaml"), {}, [])
 
 
 def test_every_setting_survives_the_file_it_is_kept_in(tmp_path):
     config = RunConfig(base="b", data=["x.txt"], steps=3, notes={"hardware": "none"}, architecture={"a": 1})
     file = tmp_path / "run.yaml"
-    file.write_text(yaml.safe_dump(dataclasses.asdict(config)))
+    file.write_text(yaml.safe_dump(config.model_dump()))
     assert load_run_config(file, {}, []) == config
+
+
+def test_every_setting_has_a_description():
+    for model in (RunConfig, FinetuneConfig):
+        assert [name for name, field in model.model_fields.items() if not field.description] == []
+
+
+def test_modes_are_those_of_the_checkpoint_format():
+    assert typing.get_args(MethodSettings.model_fields["vo_mode"].annotation) == VO_MODES
+
+
+@pytest.mark.parametrize("file", ADAPTERS, ids=lambda file: file.parent.name)
+def test_settings_in_shipped_adapters_still_load(file):
+    stored = json.loads(file.read_text())["training"]["config"]
+    assert resolve(RunConfig, stored).model_dump().items() >= stored.items()
+
+
+def test_shipped_adapters_are_found():
+    assert len(ADAPTERS) == 2
+
+
+def test_settings_of_a_run_cannot_change():
+    with pytest.raises(ValueError, match="frozen"):
+        RunConfig().steps = 3
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"method": "qlora"}, "method is 'qlora'; it must be 'lora' or 'full'"),
+        ({"rank": 0}, "rank is 0; it must be at least 1"),
+        ({"alpha": 0}, "alpha is 0; it must be at least 1"),
+        ({"rank": 0, "steps": 0}, "rank is 0; it must be at least 1; steps is 0; it must be at least 1"),
+        ({"lerning_rate": 1}, "unknown setting 'lerning_rate'; did you mean 'learning_rate'?"),
+    ],
+)
+def test_misuse_of_fine_tuning_is_one_clear_error(settings, message):
+    with pytest.raises(ValueError) as raised:  # noqa: PT011 (the message is compared below)
+        resolve(FinetuneConfig, settings)
+    assert str(raised.value) == message

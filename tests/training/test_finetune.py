@@ -11,8 +11,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from tomoe_training.artifacts.export import TOMOE_SHARD, export_checkpoint
 from tomoe_training.artifacts.files import fingerprint, stored_tensors
+from tomoe_training.config import FinetuneConfig
 from tomoe_training.evaluation.perplexity import load_model
-from tomoe_training.finetune import FinetuneConfig, block_linears, finetune, prepare, updates_of, write_weights
+from tomoe_training.finetune import block_linears, finetune, prepare, updates_of, write_weights
 from torch import nn
 
 from tests.helpers.compare import assert_close, is_close
@@ -259,9 +260,9 @@ def test_command_ends_with_one_json_line(run_cli, checkpoint, text_file, tmp_pat
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"--method": "qlora"}, "method is 'qlora'; it must be one of lora, full"),
+        ({"--method": "qlora"}, "method is 'qlora'; it must be 'lora' or 'full'"),
         ({"--rank": 0}, "rank is 0; it must be at least 1"),
-        ({"--learning-rate": -1}, "learning_rate is -1.0; it must be positive"),
+        ({"--learning-rate": -1}, "learning_rate is -1.0; it must be greater than 0"),
         ({"--sequence-length": 100_000}, "the source is shorter than one block of 100000 tokens"),
         ({"--data": "/nowhere.txt"}, "no such data file: /nowhere.txt"),
     ],

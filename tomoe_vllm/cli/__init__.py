@@ -177,22 +177,24 @@ def finetune(
     seed: Annotated[int, typer.Option(help="Seed of batches and initial weights.")] = 0,
 ) -> None:
     """Fine-tune a checkpoint's weights under its masks, and write another checkpoint."""
-    from tomoe_training.finetune import FinetuneConfig
+    from tomoe_training.config import FinetuneConfig
     from tomoe_training.finetune import finetune as run_finetuning
 
-    config = FinetuneConfig(
-        data=[*(data or []), *(more_data or [])],
-        text_column=text_column,
-        method=method,
-        rank=rank,
-        alpha=alpha,
-        learning_rate=learning_rate,
-        steps=steps,
-        sequence_length=sequence_length,
-        batch_size=batch_size,
-        seed=seed,
-    )
-    _result(run_finetuning(model, config, out))
+    from tomoe_vllm.settings import resolve
+
+    flags = {
+        "data": [*(data or []), *(more_data or [])],
+        "text_column": text_column,
+        "method": method,
+        "rank": rank,
+        "alpha": alpha,
+        "learning_rate": learning_rate,
+        "steps": steps,
+        "sequence_length": sequence_length,
+        "batch_size": batch_size,
+        "seed": seed,
+    }
+    _result(run_finetuning(model, resolve(FinetuneConfig, flags), out))
 
 
 @app.command()

@@ -1,6 +1,5 @@
 """``tomoe train --dry-run``: the resolved settings, and the parameter counts they mean."""
 
-import dataclasses
 import sys
 from pathlib import Path
 
@@ -26,7 +25,7 @@ def dry_run(run: RunConfig) -> dict:
         student = Student(base, run)
     num_trained = sum(p.numel() for p in student.parameters() if p.requires_grad)
     kept = num_layers * shape.router_parameters(run.num_experts, run.value_router_dim, run.vo_mode)
-    print(yaml.safe_dump(dataclasses.asdict(run), sort_keys=False), file=sys.stderr)
+    print(yaml.safe_dump(run.model_dump(), sort_keys=False), file=sys.stderr)
     return {
         "model_type": base_model_type(config),
         "dense_parameters": sum(p.numel() for p in base.parameters()),
@@ -35,7 +34,7 @@ def dry_run(run: RunConfig) -> dict:
         "trained_parameters": num_trained,
         "kept_parameters": kept,
         "tokens": run.steps * run.batch_size * run.sequence_length,
-        "config": {k: v for k, v in dataclasses.asdict(run).items() if k not in ("architecture", "notes")},
+        "config": {k: v for k, v in run.model_dump().items() if k not in ("architecture", "notes")},
     }
 
 

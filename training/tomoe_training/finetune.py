@@ -12,14 +12,12 @@ mask what the low-rank part reads and adds, too, and merging changes nothing but
 A run killed leaves nothing, and is not resumed. The same seed gives the same bits on the same machine.
 """
 
-import dataclasses
 import json
 import math
 import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -41,55 +39,17 @@ from tomoe_training.artifacts.files import (
 from tomoe_training.artifacts.inspection import inspect
 from tomoe_training.artifacts.model_card import fine_tuned_card
 from tomoe_training.artifacts.provenance import provenance
+from tomoe_training.config import LEARNING_RATES, FinetuneConfig
 from tomoe_training.data import InterleavedBlocks, load_documents, pack
 from tomoe_training.evaluation.perplexity import load_model
 from tomoe_training.method.losses import language_model_loss
 from tomoe_training.progress import TrainProgress
 from tomoe_training.runtime import has_fast_bfloat16
 
-METHODS = ("lora", "full")
-LEARNING_RATES = {"lora": 2e-4, "full": 2e-5}
-"""Usual values of the two methods; not tuned here."""
 WARMUP_SHARE = 0.03
 MAX_GRAD_NORM = 1.0
 PROVENANCE = "tomoe_provenance.json"
 GATES = ("head_gate", "expert_gate")
-
-
-@dataclass(kw_only=True, slots=True)
-class FinetuneConfig:
-    """A fine-tuning run. AdamW without weight decay, cosine schedule, gradients clipped at norm 1."""
-
-    data: list[str] = field(default_factory=list)
-    """Sources as for training, interleaved 1:1; `self` is not one of them."""
-    text_column: str | None = None
-    """Column that holds the text, where it is not called `text`."""
-    method: str = "lora"
-    """lora: low-rank updates of the blocks' linears, merged at the end; full: all dense weights."""
-    rank: int = 16
-    alpha: int = 32
-    """LoRA's scale: the update is alpha / rank times the product."""
-    learning_rate: float | None = None
-    """Default: 2e-4 for lora, 2e-5 for full."""
-    steps: int = 500
-    sequence_length: int = 512
-    batch_size: int = 2
-    """Sequences per step."""
-    seed: int = 0
-
-    def validate(self) -> None:
-        """Raise ``ValueError`` for what cannot be run."""
-        if not self.data:
-            raise ValueError("no training data: give --data FILE [FILE ...]")
-        if self.method not in METHODS:
-            raise ValueError(f"method is {self.method!r}; it must be one of {', '.join(METHODS)}")
-        for name, least in (("rank", 1), ("steps", 1), ("batch_size", 1), ("sequence_length", 2)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {least}")
-        for name in ("alpha", "learning_rate"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ValueError(f"{name} is {value}; it must be positive")
 
 
 def finetune(checkpoint: Path, config: FinetuneConfig, out: Path) -> dict[str, Any]:
@@ -97,7 +57,8 @@ def finetune(checkpoint: Path, config: FinetuneConfig, out: Path) -> dict[str, A
 
     Raises ``ValueError`` for bad input and ``FloatingPointError`` for a loss that is not finite.
     """
-    config.validate()
+    if not config.data:
+        raise ValueError("no training data: give --data FILE [FILE ...]")
     if inspect(checkpoint)["kind"] != "checkpoint":
         raise ValueError(f"{checkpoint} is an adapter; give the checkpoint that tomoe export wrote from it")
     tensors = stored_tensors(checkpoint)
@@ -113,7 +74,7 @@ def finetune(checkpoint: Path, config: FinetuneConfig, out: Path) -> dict[str, A
         started = time.perf_counter()
         losses = train_steps(model, trained, InterleavedBlocks(packed, config.seed), config)
         facts = {
-            **dataclasses.asdict(config),
+            **config.model_dump(),
             "data": [Path(source).name for source in config.data],
             "learning_rate": config.learning_rate or LEARNING_RATES[config.method],
             "dtype": "bfloat16" if is_half else "float32",

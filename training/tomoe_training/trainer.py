@@ -9,7 +9,6 @@ adapter's two files once training is over.
 """
 
 import contextlib
-import dataclasses
 import json
 import math
 import os
@@ -150,7 +149,7 @@ class _Run:
         A run that failed before its first step (a mistyped file name) left nothing worth keeping.
         """
         file = self.run_folder / RUN_CONFIG
-        mine = {k: v for k, v in dataclasses.asdict(self.config).items() if k not in MAY_CHANGE}
+        mine = {k: v for k, v in self.config.model_dump().items() if k not in MAY_CHANGE}
         has_started = any(f.is_file() for f in (self.run_folder / METRICS, self.out / ADAPTER_CONFIG))
         if has_started and file.is_file():
             theirs = {k: v for k, v in yaml.safe_load(file.read_text()).items() if k not in MAY_CHANGE}
@@ -168,7 +167,7 @@ class _Run:
             self.run_folder.mkdir(parents=True, exist_ok=True)
             if not has_started:
                 (self.run_folder / SELF_TEXT).unlink(missing_ok=True)
-            file.write_text(yaml.safe_dump(dataclasses.asdict(self.config), sort_keys=False))
+            file.write_text(yaml.safe_dump(self.config.model_dump(), sort_keys=False))
             if not (self.run_folder / "provenance.json").exists():
                 write_json_whole(self.run_folder / "provenance.json", provenance())
         self.accelerator.wait_for_everyone()
@@ -389,7 +388,7 @@ class _Run:
             "final": {name: round(value, 6) for name, value in terms.items()},
         }
         if self.is_main:
-            run = {k: v for k, v in dataclasses.asdict(config).items() if k not in ("base", "data", "notes")}
+            run = {k: v for k, v in config.model_dump().items() if k not in ("base", "data", "notes")}
             adapter_config = AdapterConfig(
                 base_model_name=self.base_folder.name,
                 base_model_hash=self.base_hash,

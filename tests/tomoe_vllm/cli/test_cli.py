@@ -108,10 +108,10 @@ def test_help_does_not_import_torch(run_cli):
         (["eval", "ppl", "--model", "x", "--text", "y", "--backend", "onnx"], "backend is 'onnx'; it must be hf or"),
         (["eval", "ppl", "--model", "x", "--text", "/nowhere.txt"], "no such text file: /nowhere.txt"),
         (["inspect", "/nowhere"], "/nowhere is not a model folder: it has no config.json"),
-        (["train", "--out", "x", "--config", "/nowhere.yaml"], "no such run config: /nowhere.yaml"),
+        (["train", "--out", "x", "--config", "/nowhere.yaml"], "no such configuration file: /nowhere.yaml"),
         (["train", "--out", "x", "--set", "stpes=3"], "unknown setting 'stpes'; did you mean 'steps'?"),
         (["train", "--out", "x", "--set", "tau"], "--set takes key=value, got 'tau'"),
-        (["train", "--out", "x", "--active-ratio", "1.5"], "active_ratio is 1.5; it must be in (0, 1]"),
+        (["train", "--out", "x", "--active-ratio", "1.5"], "active_ratio is 1.5; it must be at most 1"),
         (["train", "--out", "x", "--base", "/nowhere", "--data", "y"], "/nowhere is not a model folder"),
     ],
 )

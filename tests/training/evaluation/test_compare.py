@@ -142,7 +142,7 @@ def test_a_method_has_the_same_figure_alone_and_after_others(config, text_file):
         (["--method", "x"], "unknown method 'x'; known: tomoe, magnitude"),
         (["--text", "/nowhere.txt"], "no such text file: /nowhere.txt"),
         (["--base", "/nowhere"], "/nowhere is not a model folder"),
-        (["--active-ratio", "1.5"], "active_ratio is 1.5; it must be in (0, 1]"),
+        (["--active-ratio", "1.5"], "active_ratio is 1.5; it must be at most 1"),
         (["--active-ratio", "0.01"], "below the narrowest model"),
         (["--steps", "0"], "steps is 0; it must be at least 1"),
         (["--block-size", "1"], "block_size is 1; it must be at least 2"),
@@ -151,7 +151,7 @@ def test_a_method_has_the_same_figure_alone_and_after_others(config, text_file):
         (["--data", "/nowhere.txt"], "no such data file: /nowhere.txt"),
         (["--data", "self"], "compare needs training text in files or data sets"),
         (["--adapter", "/nowhere"], "/nowhere is not an adapter"),
-        (["--config", "/nowhere.yaml"], "no such run config: /nowhere.yaml"),
+        (["--config", "/nowhere.yaml"], "no such configuration file: /nowhere.yaml"),
     ],
 )
 def test_misuse_is_one_line(more, expected, run_cli, arguments):

@@ -6,8 +6,6 @@ cannot work within p (an MLP-only method where attention alone uses more) gets a
 """
 
 import contextlib
-import dataclasses
-import difflib
 import tempfile
 import time
 from collections.abc import Callable
@@ -40,6 +38,7 @@ from tomoe_training.evaluation.perplexity import (
     text_blocks,
 )
 from tomoe_training.tables import print_table
+from tomoe_vllm.settings import check_name
 
 METHODS: dict[str, Callable[[Contest], MethodGates]] = {
     "tomoe": tomoe,
@@ -57,15 +56,15 @@ METHODS: dict[str, Callable[[Contest], MethodGates]] = {
 def comparison_config(
     file: Path | None, adapter: Path | None, flags: dict[str, Any], assignments: list[str]
 ) -> RunConfig:
-    """Settings of the run that every trained method makes: the YAML file's, or else those ToMoE was trained with.
+    """Settings of the runs of all trained methods: the file's, or without a file those of the adapter's training.
 
-    Flags and ``key=value`` assignments go over them, so the tokens are the adapter's unless said otherwise.
+    Flags and ``key=value`` assignments override them. Stored settings that no longer exist are ignored.
     """
     settings: dict[str, Any] = {}
     if adapter is not None and file is None:
         trained = Adapter.load(adapter).config
-        known = {field.name for field in dataclasses.fields(RunConfig)}
-        settings = {k: v for k, v in trained.training.get("config", {}).items() if k in known}
+        stored = trained.training.get("config", {})
+        settings = {k: v for k, v in stored.items() if k in RunConfig.model_fields}
         for name in ("active_ratio", "num_experts", "vo_mode", "value_router_dim"):
             settings[name] = getattr(trained, name)
     return load_run_config(file, settings | {k: v for k, v in flags.items() if v is not None}, assignments)
@@ -134,7 +133,7 @@ def compare(
     }
     _print(table)
     if out is not None:
-        settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in ("architecture", "notes")}
+        settings = {k: v for k, v in config.model_dump().items() if k not in ("architecture", "notes")}
         out.parent.mkdir(parents=True, exist_ok=True)
         write_json_whole(out, table | {"config": settings, "provenance": provenance()})
     return table
@@ -142,10 +141,7 @@ def compare(
 
 def _chosen_methods(names: list[str] | None) -> list[str]:
     for name in names or ():
-        if name not in METHODS:
-            close = difflib.get_close_matches(name, METHODS, n=1)
-            hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(METHODS)}"
-            raise ValueError(f"unknown method {name!r}; {hint}")
+        check_name(name, METHODS, "unknown method")
     return [name for name in METHODS if not names or name in names]
 
 

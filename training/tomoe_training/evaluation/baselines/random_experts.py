@@ -11,7 +11,6 @@ computed anyway here), so that the router also learns from what it did not choos
 Attention stays dense and is paid for.
 """
 
-import dataclasses
 from typing import Any
 
 import torch
@@ -157,5 +156,5 @@ def train_routers(contest: Contest, gates: MethodGates) -> None:
 
 
 def _settings_that_matter(config: RunConfig) -> dict[str, Any]:
-    settings = dataclasses.asdict(config)
+    settings = config.model_dump()
     return {name: value for name, value in settings.items() if name not in MAY_CHANGE and name != "architecture"}

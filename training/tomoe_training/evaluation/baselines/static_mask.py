@@ -8,8 +8,6 @@ ToMoE's objective, data and warm start; DISP-LLM also selects other residual-str
 Settings: num_experts = 1 and vo_mode = static; the union and balance terms say nothing about one expert.
 """
 
-import dataclasses
-
 from tomoe_training.config import RunConfig
 from tomoe_training.evaluation.baselines.setup import Contest, MethodGates
 from tomoe_training.evaluation.baselines.trained_adapter import train_adapter
@@ -17,7 +15,9 @@ from tomoe_training.evaluation.baselines.trained_adapter import train_adapter
 
 def static_settings(config: RunConfig) -> RunConfig:
     """The same run with one mask for all tokens."""
-    return dataclasses.replace(config, num_experts=1, vo_mode="static", beta=0.0, gamma=0.0, init_adapter=None)
+    return config.model_copy(
+        update={"num_experts": 1, "vo_mode": "static", "beta": 0.0, "gamma": 0.0, "init_adapter": None}
+    )
 
 
 def static_mask(contest: Contest) -> MethodGates:

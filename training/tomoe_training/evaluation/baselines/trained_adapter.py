@@ -1,7 +1,6 @@
 """ToMoE itself, and whatever else the trainer makes: the gates of an adapter, as an export would have them."""
 
 import copy
-import dataclasses
 from pathlib import Path
 
 from tomoe_training.artifacts.adapter import Adapter
@@ -21,7 +20,7 @@ def tomoe(contest: Contest) -> MethodGates:
 
 def train_adapter(contest: Contest, config: RunConfig, out: Path) -> MethodGates:
     """Train (or resume) a run and take its gates."""
-    train(dataclasses.replace(config, data=list(config.data)), out)
+    train(config, out)
     return adapter_gates(contest, out)
 
 
