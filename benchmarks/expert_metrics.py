@@ -55,22 +55,24 @@ class Switch:
     """Turns the statistics of a worker off and on, as if they had never been asked for."""
 
     def __init__(self, worker):
-        self.runner, self.observer = worker.model_runner, worker._tomoe_observer
+        self.steps = worker._tomoe_observer.steps
         self.gates = [module for module in worker.get_model().modules() if hasattr(module, "record")]
         self.records = [gate.record for gate in self.gates]
         self.read_us: list[float] = []
-        self._count = self.observer._count
-        self.observer._count = self._timed_count
+        self._on_step, self.steps._on_step = self.steps._on_step, self._timed
 
-    def _timed_count(self, *arguments) -> None:
+    def _timed(self, step) -> None:
         began = time.perf_counter()
-        self._count(*arguments)
+        self._on_step(step)
         self.read_us.append((time.perf_counter() - began) * 1e6)
 
     def set(self, is_on: bool) -> None:
         for gate, record in zip(self.gates, self.records, strict=True):
             gate.record = record if is_on else None
-        self.runner.execute_model = self.observer.execute_model if is_on else self.observer._execute
+        if is_on:
+            self.steps.attach()
+        else:
+            self.steps.detach()
 
 
 def time_steps(llm, switch: Switch, streams: int, steps: int) -> tuple[list[float], list[float]]:

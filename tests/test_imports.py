@@ -17,13 +17,14 @@ ALLOWED: dict[str, set[str]] = {
     "tomoe_vllm": set(),
     "tomoe_vllm.hf": {"torch", "transformers"},
     "tomoe_vllm.kernels": {"tomoe_vllm.hf.tomoe_math"},
-    "tomoe_vllm.layers": {"tomoe_vllm.kernels", "tomoe_vllm.hf", "vllm"},
+    "tomoe_vllm.layers": {"tomoe_vllm.kernels", "tomoe_vllm.hf", "tomoe_vllm.compat", "vllm"},
     "tomoe_vllm.layers.attention.kv_layout": {"tomoe_vllm.hf"},
     "tomoe_vllm.models": {"tomoe_vllm.layers", "tomoe_vllm.hf", "vllm"},
-    "tomoe_vllm.observability": {"tomoe_vllm.layers", "vllm"},
+    "tomoe_vllm.observability": {"tomoe_vllm.layers", "tomoe_vllm.compat", "vllm"},
     "tomoe_vllm.diagnostics": {"tomoe_vllm.kernels", "tomoe_vllm.hf", "tomoe_vllm.__version__"},
     "tomoe_vllm.diagnostics.bench": {
-        "tomoe_vllm.diagnostics", "tomoe_vllm.kernels", "tomoe_vllm.hf", "tomoe_vllm.__version__", "vllm",
+        "tomoe_vllm.diagnostics", "tomoe_vllm.kernels", "tomoe_vllm.hf", "tomoe_vllm.compat", "tomoe_vllm.__version__",
+        "vllm",
     },
     "tomoe_vllm.diagnostics.bench.worker": {"tomoe_vllm.layers.norm", "vllm"},
     "tomoe_vllm.plugin": {"tomoe_vllm.models", "tomoe_vllm.hf", "vllm"},
@@ -36,10 +37,38 @@ ALLOWED: dict[str, set[str]] = {
     },
     "tomoe_training.evaluation.vllm_perplexity": {"vllm"},
     "tomoe_serving": {"tomoe_vllm.__version__", "tomoe_vllm.settings"},
-    "tomoe_serving.server.engine": {"tomoe_serving", "vllm"},
+    "tomoe_serving.server.engine": {"tomoe_serving", "tomoe_vllm.compat.server", "vllm"},
     "tomoe_serving.api.vllm_endpoint_plugin": {"tomoe_serving", "tomoe_training.artifacts.inspection"},
 }  # fmt: skip
 CONTROLLED = (*PACKAGES, "vllm")
+# What vLLM documents, or writes its own models with. All else of it is imported by tomoe_vllm.compat only.
+PUBLIC_VLLM = {
+    "vllm": {"LLM", "ModelRegistry", "SamplingParams", "__version__"},
+    "vllm.compilation.decorators": {"support_torch_compile"},
+    "vllm.config": {"CacheConfig", "CompilationConfig", "VllmConfig", "get_current_vllm_config"},
+    "vllm.distributed": {
+        "get_pp_group", "get_tensor_model_parallel_rank", "get_tensor_model_parallel_world_size",
+        "tensor_model_parallel_all_reduce",
+    },
+    "vllm.model_executor.layers.attention": {"Attention"},
+    "vllm.model_executor.layers.layernorm": {"RMSNorm"},
+    "vllm.model_executor.layers.linear": {
+        "ColumnParallelLinear", "MergedColumnParallelLinear", "QKVParallelLinear", "RowParallelLinear",
+    },
+    "vllm.model_executor.layers.logits_processor": {"LogitsProcessor"},
+    "vllm.model_executor.layers.quantization": {"QuantizationConfig"},
+    "vllm.model_executor.layers.rotary_embedding": {"get_rope"},
+    "vllm.model_executor.layers.vocab_parallel_embedding": {"ParallelLMHead", "VocabParallelEmbedding"},
+    "vllm.model_executor.model_loader.weight_utils": {"default_weight_loader"},
+    "vllm.model_executor.models.interfaces": {"SupportsLoRA", "SupportsPP", "SupportsQuant"},
+    "vllm.model_executor.models.utils": {
+        "AutoWeightsLoader", "PPMissingLayer", "WeightsMapper", "extract_layer_index", "is_pp_missing_parameter",
+        "make_empty_intermediate_tensors_factory", "make_layers", "maybe_prefix",
+    },
+    "vllm.model_executor.utils": {"set_weight_attrs"},
+    "vllm.platforms": {"current_platform"},
+    "vllm.sequence": {"IntermediateTensors"},
+}  # fmt: skip
 SHIPPED = ("configuration_tomoe.py", "tomoe_math.py", "modeling_tomoe.py")
 
 
@@ -116,6 +145,25 @@ def test_shipped_files_import_each_other_relatively_on_one_line(name):
     assert {node.module for node in relative} == found
     assert all(node.lineno == node.end_lineno and node.level == 1 for node in relative)
     assert {f"{module}.py" for module in found} <= set(SHIPPED)
+
+
+@pytest.mark.parametrize(
+    "file", [f for f in FILES if f.parent.name != "compat"], ids=lambda file: str(file.relative_to(REPOSITORY))
+)
+def test_private_names_of_vllm_are_imported_by_compat_only(file):
+    names = imports(file.read_text(), _module(file), file.name == "__init__.py")
+    assert private_names(names) == set()
+
+
+def private_names(names: set[str]) -> set[str]:
+    """Imports of ``names`` that vLLM may move without notice."""
+    public = {f"{module}.{name}" for module, names_of in PUBLIC_VLLM.items() for name in names_of}
+    return {name for name in names if _is_within(name, "vllm")} - public
+
+
+def test_a_private_name_of_vllm_is_seen():
+    names = imports("from vllm import _custom_ops, LLM\nfrom vllm.v1.engine.async_llm import AsyncLLM", "tomoe_vllm.x")
+    assert private_names(names) == {"vllm._custom_ops", "vllm.v1.engine.async_llm.AsyncLLM"}
 
 
 def test_one_file_of_the_front_imports_vllm():

@@ -6,8 +6,9 @@
 
 import torch
 from torch import Tensor, nn
-from vllm import _custom_ops as ops
 from vllm.model_executor.layers.layernorm import RMSNorm
+
+from tomoe_vllm.compat import ops
 
 KERNEL_MULTIPLE = 8
 """vLLM's CPU kernel needs widths that are multiples of this: vectors of 8 elements in every dtype."""

@@ -1,10 +1,8 @@
 """What vLLM's workers answer about their experts.
 
 ``--worker-extension-cls tomoe_vllm.observability.worker_extension.ExpertExtension`` puts it in: vLLM adds this class
-to its worker's bases, so its methods can be called by ``collective_rpc``. They start, and read, an observer around the
-model runner's ``execute_model``: the one place that every real step passes, with CUDA graphs too, and that warm-up
-does not. A worker
-counts nothing before :meth:`ExpertExtension.tomoe_start_experts`.
+to its worker's bases, so its methods can be called by ``collective_rpc``. They start, and read, an observer of the
+model runner's steps (``compat/worker.py``). A worker counts nothing before :meth:`ExpertExtension.tomoe_start_experts`.
 
 Every answer is made of plain lists, numbers and bytes, as vLLM's messages want them.
 """
@@ -13,6 +11,7 @@ from typing import Any
 
 from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
 
+from tomoe_vllm.compat.worker import LaunchedStep, StepObserver
 from tomoe_vllm.observability.expert_statistics import ExpertRecorder
 from tomoe_vllm.observability.expert_traces import ExpertTraces
 
@@ -32,30 +31,17 @@ class ExpertObserver:
         # A rejected draft moves all later positions, and with context parallelism a rank has some rows only.
         can_trace = vllm_config.speculative_config is None and not is_split
         self.traces = ExpertTraces(num_layers=len(self.recorder.records)) if can_trace else None
-        self._runner = runner
-        self._execute = runner.execute_model
-        runner.execute_model = self.execute_model
+        self.steps = StepObserver(runner, self.count)
+        self.steps.attach()
 
-    def execute_model(self, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
-        """The runner's own, then the count of what it has launched."""
-        output = self._execute(scheduler_output, *args, **kwargs)
-        num_tokens = scheduler_output.total_num_scheduled_tokens
-        is_dummy = bool(args[1:2] and args[1]) or bool(kwargs.get("dummy_run"))  # the second runner's warm-up
-        if not is_dummy:
-            self._count(scheduler_output, num_tokens)
-        return output
-
-    def _count(self, scheduler_output: Any, num_tokens: int) -> None:
-        state = self._runner.execute_model_state
-        batch = getattr(state, "input_batch", None) or self._runner.input_batch
-        request_ids = batch.req_ids if num_tokens else []
-        step = self.traces.begin_step(scheduler_output, request_ids) if self.traces is not None else None
-        if num_tokens:
-            num_padded = getattr(batch, "num_tokens_after_padding", None)
-            if num_padded is None:
-                hidden_states = getattr(state, "hidden_states", None)
-                num_padded = num_tokens if hidden_states is None else hidden_states.shape[0]
-            self.recorder.read_step(num_tokens, num_padded, None if step is None else step.keep)
+    def count(self, launched: LaunchedStep) -> None:
+        """Count the experts of a step."""
+        step = None
+        if self.traces is not None:
+            step = self.traces.begin_step(launched.scheduler_output, launched.request_ids)
+        if launched.num_tokens:
+            keep = None if step is None else step.keep
+            self.recorder.read_step(launched.num_tokens, launched.num_padded_tokens, keep)
 
 
 class ExpertExtension:

@@ -19,20 +19,7 @@ import torch
 from fastapi import FastAPI
 from vllm import SamplingParams
 from vllm import __version__ as vllm_version
-from vllm.engine.arg_utils import AsyncEngineArgs
-from vllm.entrypoints.launchers.api_server.app_state import init_app_state
-from vllm.entrypoints.launchers.app import build_app
-from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
-from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
-from vllm.exceptions import GracefulHTTPError, VLLMValidationError
-from vllm.logger import configure_logging_from_args
-from vllm.outputs import RequestOutput
 from vllm.platforms import current_platform
-from vllm.sampling_params import RequestOutputKind
-from vllm.usage.usage_lib import UsageContext
-from vllm.utils.argparse_utils import FlexibleArgumentParser
-from vllm.v1.engine.async_llm import AsyncLLM
-from vllm.v1.metrics.loggers import StatLoggerBase
 
 from tomoe_serving.admission.calibration import Stream
 from tomoe_serving.admission.controller import AdmissionClosedError, AdmissionController
@@ -40,6 +27,23 @@ from tomoe_serving.admission.step_time import Limits
 from tomoe_serving.api.compute_budget import BudgetSource, Capacity, InUse, cost_of
 from tomoe_serving.server.memory import free_memory
 from tomoe_serving.server.settings import ServerSettings
+from tomoe_vllm.compat.server import (
+    AsyncEngineArgs,
+    AsyncLLM,
+    FlexibleArgumentParser,
+    GracefulHTTPError,
+    RequestOutput,
+    RequestOutputKind,
+    StatLoggerBase,
+    UsageContext,
+    VLLMValidationError,
+    build_app,
+    cli_env_setup,
+    configure_logging_from_args,
+    init_app_state,
+    make_arg_parser,
+    validate_parsed_serve_args,
+)
 
 
 class AdmittingLLM(AsyncLLM):

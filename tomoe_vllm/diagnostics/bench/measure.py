@@ -54,8 +54,9 @@ def read_bandwidth(num_bytes: int = 1 << 29) -> float:
     The best time of three readers, since which of them is fastest depends on the processor: vLLM's oneDNN linear with
     one row and with four rows, and torch's sum.
     """
-    from vllm import _custom_ops as ops
     from vllm.platforms import current_platform
+
+    from tomoe_vllm.compat import ops
 
     current_platform.import_kernels()
     matrix = torch.randn(num_bytes // 4 // 4096, 4096)

@@ -40,7 +40,7 @@ class Layer:
     """One layer with random weights, in the form that each path needs. All paths: [T, D] float32 -> [T, D] float32."""
 
     def __init__(self, shape: Shape, generator: torch.Generator, paths: tuple[str, ...]) -> None:
-        from vllm import _custom_ops as ops
+        from tomoe_vllm.compat import ops
 
         hidden, neurons, width = shape.hidden_size, shape.intermediate_size, shape.expert_width
         self.up = empty_rows(2 * neurons, hidden).normal_(0, hidden**-0.5, generator=generator)
@@ -64,7 +64,7 @@ class Layer:
             self.w2 = ops.cpu_prepack_moe_weight(down.mT.contiguous(), "vec")
 
     def dense(self, x: Tensor, expert_ids: Tensor | None = None) -> Tensor:
-        from vllm import _custom_ops as ops
+        from tomoe_vllm.compat import ops
 
         projected = ops.onednn_mm(self.packed_up, x, None)
         hidden = projected.new_empty(len(x), projected.shape[1] // 2)
@@ -72,7 +72,7 @@ class Layer:
         return ops.onednn_mm(self.packed_down, hidden, None)
 
     def masked(self, x: Tensor, expert_ids: Tensor) -> Tensor:
-        from vllm import _custom_ops as ops
+        from tomoe_vllm.compat import ops
 
         projected = ops.onednn_mm(self.packed_up, x, None)
         return ops.onednn_mm(self.packed_down, expert_activation(projected, expert_ids, self.masks, "silu"), None)
@@ -81,7 +81,7 @@ class Layer:
         return expert_mlp(x, expert_ids, self.weights)
 
     def fused(self, x: Tensor, expert_ids: Tensor) -> Tensor:
-        from vllm import _custom_ops as ops
+        from tomoe_vllm.compat import ops
 
         output = torch.empty_like(x)
         weights = torch.ones(len(x), 1)

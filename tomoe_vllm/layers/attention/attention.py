@@ -22,8 +22,8 @@ from vllm.model_executor.layers.linear import QKVParallelLinear, RowParallelLine
 from vllm.model_executor.layers.quantization import QuantizationConfig
 from vllm.model_executor.layers.rotary_embedding import get_rope
 from vllm.platforms import current_platform
-from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
+from tomoe_vllm.compat.layers import diffkv_backend, replace_quant_method
 from tomoe_vllm.hf.configuration_tomoe import block_shape, family_of
 from tomoe_vllm.layers.attention.head_mask import ToMoEHeadMask
 from tomoe_vllm.layers.attention.kv_layout import (
@@ -103,13 +103,12 @@ class ToMoEAttention(nn.Module):
         is_pruned = quant_config is None and not has_lora and is_plain_rotary(self.rotary_emb)
         whole = HeadWidths(query_key=shape.head_dim, value=shape.head_dim)
         self.kept = kept_widths(config, layer_idx) if is_pruned else whole
-        # vLLM's linears create their quant_method themselves and take none as an argument, so it is replaced after
-        # construction, as in vLLM's own GateLinear. Only the work after loading differs from the original method.
+        # Only the work after loading differs from the original method.
         if self.kept != whole:
-            self.qkv_proj.quant_method = PrunedLinearMethod(self._kept_rows)
+            replace_quant_method(self.qkv_proj, PrunedLinearMethod(self._kept_rows))
             self.rotary_emb = SelectedRotaryEmbedding(self.rotary_emb, self.kept.query_key)
         if self.kept.value < shape.head_dim:
-            output.quant_method = PrunedLinearMethod(self._kept_columns, is_column=True)
+            replace_quant_method(output, PrunedLinearMethod(self._kept_columns, is_column=True))
 
         self.cached, backend = choose_cache(config, is_pruned)
         self.attn = Attention(
@@ -198,11 +197,8 @@ def choose_cache(config: PreTrainedConfig, is_pruned: bool) -> tuple[HeadWidths,
             "kv_layout is 'diffkv', but quantized checkpoints, LoRA and this rotary embedding keep whole heads; "
             "use 'auto' or 'padded'"
         )
-    backend = AttentionBackendEnum.TRITON_ATTN_DIFFKV.get_class()
     widths = diffkv_widths(config)
-    # This backend keeps its value size on the class; vLLM's own models (mimo_v2, openpangu) set it the same way.
-    backend.set_head_size_v(widths.value)
-    return widths, backend
+    return widths, diffkv_backend(widths.value)
 
 
 def _resize_heads(heads: Tensor, width: int, size: int) -> Tensor:

@@ -11,8 +11,8 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from vllm.model_executor.layers.linear import UnquantizedLinearMethod
-from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
+
+from tomoe_vllm.compat.layers import RotaryEmbedding, UnquantizedLinearMethod
 
 
 class PrunedLinearMethod(UnquantizedLinearMethod):

@@ -14,10 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
-from vllm.model_executor.layers.fused_moe import FusedMoEFactory
-from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
 from vllm.platforms import current_platform
 
+from tomoe_vllm.compat.layers import FusedMoEFactory, UnquantizedFusedMoEMethod, replace_quant_method, routed_experts
 from tomoe_vllm.layers.mlp.neuron_rows import NeuronRows
 from tomoe_vllm.layers.mlp.router import ToMoERouter
 
@@ -62,9 +61,8 @@ class ToMoEFusedMLP(nn.Module):
             router_logits_dtype=torch.float32,
             prefix=f"{prefix}.experts",
         )
-        routed = self.experts.routed_experts
-        # FusedMoEFactory takes no method as an argument, so it is replaced after construction.
-        routed.quant_method = SlicedExpertsMethod(routed, self)
+        routed = routed_experts(self.experts)
+        replace_quant_method(routed, SlicedExpertsMethod(routed, self))
 
     def step_path(self, num_tokens: int) -> str:
         """Execution path of a step of ``num_tokens``, as metrics name it."""
