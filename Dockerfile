@@ -1,4 +1,4 @@
-# `tomoe serve` on vLLM's own image of exactly the release that is pinned in pyproject.toml (a test compares them).
+# `tomoe serve` on vLLM's own image of the release in constraints.txt (a test compares them).
 #   docker build -t tomoe-vllm . && docker run --gpus all --read-only --tmpfs /tmp -v ./model:/model:ro -v tomoe-cache:/cache -p 8000:8000 tomoe-vllm
 ARG VLLM_VERSION=0.32.0
 

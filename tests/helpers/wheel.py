@@ -34,7 +34,7 @@ def install_wheel(wheel: Path, folder: Path, *, extras: str = "cpu", python: str
     own = folder / "bin" / "python"
     for command in (
         ["-m", "pip", "install", "--quiet", "--upgrade", "pip>=26"],
-        ["-m", "pip", "install", "--quiet", f"{wheel}[{extras}]"],
+        ["-m", "pip", "install", "--quiet", "--constraint", REPOSITORY / "constraints.txt", f"{wheel}[{extras}]"],
         ["-m", "pip", "uninstall", "--quiet", "--yes", "torchvision", "torchaudio", "torchcodec"],
         ["-m", "tomoe_vllm.compat.vllm_cpu_shim"],
     ):

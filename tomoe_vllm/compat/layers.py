@@ -24,7 +24,8 @@ def replace_quant_method(layer: nn.Module, method: Any) -> None:
     """Let ``method`` finish loading and run a built, unquantized ``layer``.
 
     Linears and ``FusedMoEFactory`` create their method themselves and take none as an argument, so the attribute
-    ``quant_method`` is set after construction, as in vLLM's own ``GateLinear``. Raises ``TypeError`` unless the present method is a base class of the new one.
+    ``quant_method`` is set after construction, as in vLLM's own ``GateLinear``. Raises ``TypeError`` unless the class
+    of the present method is a base of the new one's.
     """
     present = type(getattr(layer, "quant_method", None))
     if not isinstance(method, present):
