@@ -1,8 +1,8 @@
-"""What does a training step cost, against the least it could? Run: python benchmarks/train_step.py --base DIR
+"""What does a training step cost, relative to its lower bound? Run: python benchmarks/train_step.py --base DIR
 
-The least is two dense forwards (teacher, student) and one backward through frozen weights, lm_head included,
-on the same batch. The student is warm-started on that batch, as a run's is: what a layer keeps whole is not masked.
-Interleaved, medians; the last line is JSON.
+The lower bound is two dense forward passes (teacher and student) and one backward pass through frozen weights, lm_head
+included, on the same batch. The student is warm-started on that batch, as in a training run, because dims that a layer
+keeps whole are not masked. The two kinds of step alternate; figures are medians. The last line is JSON.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM
 
 
 def dense_step(student: Student, ids: torch.Tensor) -> None:
-    """Two dense forwards and a backward down to the embeddings, with the same distillation loss."""
+    """Two dense forward passes and a backward pass down to the embeddings, with the same distillation loss."""
     student.set_gates(False)
     with torch.no_grad():
         teacher = student.hidden_states(ids)
@@ -35,7 +35,7 @@ def dense_step(student: Student, ids: torch.Tensor) -> None:
 
 
 def tomoe_step(student: Student, ids: torch.Tensor, noise: NoiseSource, optimizer, step: int) -> None:
-    """One step of the trainer."""
+    """One step as in the trainer."""
     out = student(ids, noise.draw(step, list(range(len(ids))), ids.shape[1]))
     optimizer.zero_grad(set_to_none=True)
     out["loss"].backward()
@@ -71,7 +71,7 @@ def main() -> None:
         ):
             start = time.perf_counter()
             step()
-            if round_:  # the first warms up
+            if round_:  # round 0 warms up
                 seconds[name].append(time.perf_counter() - start)
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     result = {
@@ -84,8 +84,8 @@ def main() -> None:
         "peak_memory_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
     }
     Console(stderr=True).print(
-        f"two dense forwards and a backward {result['dense_step_s']} s, ToMoE step {result['tomoe_step_s']} s: "
-        f"{result['ratio']} x; peak memory {result['peak_memory_gb']} GB"
+        f"lower bound (two dense forwards, one backward) {result['dense_step_s']} s, "
+        f"ToMoE step {result['tomoe_step_s']} s ({result['ratio']} x); peak memory {result['peak_memory_gb']} GB"
     )
     print(json.dumps(result))
 
