@@ -246,7 +246,7 @@ def tune(
     """Measure on this GPU where the expert MLP should change its way through the weights."""
     from tomoe_vllm.diagnostics.bench.shapes import shape_of
     from tomoe_vllm.diagnostics.tune import tune as run_tuning
-    from tomoe_vllm.kernels.expert_mlp.triton.thresholds import tuned_folder
+    from tomoe_vllm.kernels.expert_mlp.triton.dispatch import tuned_folder
 
     _result(run_tuning(shape_of(shape), out or tuned_folder()))
 

@@ -1,1 +1,1 @@
-"""Is it right and how fast on this machine: ``tomoe doctor``, ``tomoe bench``, ``tomoe tune``."""
+"""Correctness and speed on this machine: ``tomoe doctor``, ``tomoe bench`` and ``tomoe tune``."""

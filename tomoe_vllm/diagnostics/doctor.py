@@ -1,8 +1,9 @@
-"""``tomoe doctor``: are the GPU kernels right on this machine, and how near are they to the roofline?
+"""``tomoe doctor``: validates the GPU kernels on this machine and compares their speed with the roofline.
 
-On a GPU every Triton kernel is compared with its plain-torch reference at the model's size and timed; the
-verdict is kept for the layer (kernels/expert_mlp/verdict.py), which refuses the shared layout where a kernel
-disagrees. Without a GPU it says so; with ``interpret`` the same checks run in Triton's interpreter.
+On a GPU every Triton kernel is compared with its plain-torch reference at the model's size, and timed. The result is
+stored as the validation record of this GPU (``kernels/expert_mlp/triton/dispatch.py``); without a successful one vLLM
+does not use the shared layout on a GPU. Without a GPU nothing is checked, unless ``interpret`` runs the same checks in
+Triton's interpreter on the CPU.
 """
 
 import json
@@ -23,14 +24,14 @@ from tomoe_vllm import __version__
 from tomoe_vllm.diagnostics.roofline import CHIPS, LLAMA_2_7B, Chip, MLPShape
 from tomoe_vllm.hf.configuration_tomoe import FAMILIES
 from tomoe_vllm.kernels.expert_activation import require_activation
-from tomoe_vllm.kernels.expert_mlp.triton.validation import write_verdict
+from tomoe_vllm.kernels.expert_mlp.triton.dispatch import write_validation
 
 TINY = MLPShape(hidden_size=40, num_neurons=56, width=28)
-"""For the interpreter, which takes a millisecond per tile: no size a multiple of a block."""
+"""For the interpreter, which takes about a millisecond per tile. No size is a multiple of a block."""
 
 
 def environment() -> dict:
-    """Versions and tools that decide which paths this machine can take."""
+    """Versions, devices and tools that determine which kernels this machine can run."""
 
     def installed(*names: str) -> str | None:
         for name in names:
@@ -57,7 +58,7 @@ def environment() -> dict:
 
 
 def _cpu_flags() -> list[str]:
-    """Those of the CPU's extensions that a matrix kernel can use; Linux only."""
+    """Instruction set extensions of this CPU that matrix kernels can use. Empty on systems other than Linux."""
     known = ("avx2", "fma", "avx512f", "avx512bw", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_bf16", "amx_int8")
     try:
         words = set(Path("/proc/cpuinfo").read_text().split())
@@ -67,7 +68,7 @@ def _cpu_flags() -> list[str]:
 
 
 def _compiler() -> str | None:
-    """First line of the C++ compiler's version, the one that torch's extensions would call."""
+    """Path and version of the C++ compiler that torch's extensions would call, or None."""
     for name in (os.environ.get("CXX"), "c++", "g++", "clang++"):
         path = shutil.which(name) if name else None
         if path:
@@ -79,7 +80,7 @@ def _compiler() -> str | None:
 def model_layer(folder: Path) -> tuple[MLPShape, str, bool]:
     """MLP shape, activation and bias of a dense model or checkpoint, from its config.json.
 
-    A dense model is given 8 experts of half the neurons. Raises ``ValueError`` for an unsupported family.
+    A dense model gets 8 experts of half the neurons. Raises ``ValueError`` for an unsupported family or activation.
     """
     config = json.loads((folder / "config.json").read_text())
     family = str(config.get("model_type", "")).removeprefix("tomoe_")
@@ -99,7 +100,7 @@ def model_layer(folder: Path) -> tuple[MLPShape, str, bool]:
 
 
 def chip_of(device: int = 0) -> Chip:
-    """Peak numbers of a GPU: the data sheet's for A100 and H100, else what a copy and a GEMM reach."""
+    """Peak rates of a GPU: from the data sheet for A100 and H100, otherwise measured with a copy and a GEMM."""
     name = torch.cuda.get_device_name(device)
     for chip in CHIPS:
         if chip.name in name:
@@ -115,13 +116,13 @@ def chip_of(device: int = 0) -> Chip:
 
 
 def examine(model: Path | None = None, interpret: bool = False) -> dict:
-    """Run the checks that this machine can; returns facts, checks and ``agrees`` (None: nothing was checked).
+    """Run the checks that this machine supports. Returns facts, checks and ``agrees`` (None: nothing was checked).
 
-    Raises ``ValueError`` for a model it cannot read and ``RuntimeError`` where Triton is missing.
+    Raises ``ValueError`` for a model that cannot be read, and ``RuntimeError`` if Triton is missing.
     """
     shape, activation, has_bias = model_layer(model) if model else (replace(LLAMA_2_7B, num_layers=1), "silu", False)
     has_gpu = torch.cuda.is_available()
-    facts: dict = {"environment": environment(), "device": None, "agrees": None, "checks": [], "verdict_file": None}
+    facts: dict = {"environment": environment(), "device": None, "agrees": None, "checks": [], "validation_file": None}
     if not has_gpu and not interpret:
         return facts
     if interpret:
@@ -132,7 +133,7 @@ def examine(model: Path | None = None, interpret: bool = False) -> dict:
         raise RuntimeError(f"the kernels need Triton ({error}); install it with: pip install triton") from error
     if interpret != kernel_checks.is_interpreted():
         raise RuntimeError(
-            f"TRITON_INTERPRET is {os.environ.get('TRITON_INTERPRET')!r}; it must be 1 to interpret only"
+            f"TRITON_INTERPRET is {os.environ.get('TRITON_INTERPRET')!r}; set it to 1 to interpret, and only then"
         )
     if interpret:
         dtypes, device, chip = [torch.float32, torch.float16], "cpu", None
@@ -149,12 +150,12 @@ def examine(model: Path | None = None, interpret: bool = False) -> dict:
         "checks": [asdict(check) | {"agrees": check.agrees} for check in checks],
     }
     if not interpret:
-        facts["verdict_file"] = str(write_verdict(facts["device"], failures))
+        facts["validation_file"] = str(write_validation(facts["device"], failures))
     return facts
 
 
 def rows(facts: dict) -> list[list[str]]:
-    """The checks as text: path, tokens, routing, dtype, errors, times."""
+    """The checks as rows of text, with the columns of :data:`COLUMNS`."""
 
     def number(value: float | None, form: str) -> str:
         return "" if value is None else format(value, form)
@@ -164,38 +165,40 @@ def rows(facts: dict) -> list[list[str]]:
         errors = [f"{check[name]:.1e}" for name in ("overall", "worst_row", "limit")]
         share = check["roofline_ms"] / check["ms"] if check["ms"] and check["roofline_ms"] else None
         times = [number(check[name], ".3f") for name in ("ms", "dense_ms", "roofline_ms")]
-        verdict = "agrees" if check["agrees"] else check["error"] or "DISAGREES"
+        result = "agrees" if check["agrees"] else check["error"] or "DISAGREES"
         names = [check["path"], str(check["num_tokens"]), check["routing"], check["dtype"]]
-        table.append([*names, *errors, *times, number(share, ".0%"), verdict])
+        table.append([*names, *errors, *times, number(share, ".0%"), result])
     return table
 
 
 COLUMNS = (
     *("path", "tokens", "routing", "dtype", "error", "worst row", "limit"),
-    *("ms", "dense ms", "roofline ms", "of roofline", "verdict"),
+    *("ms", "dense ms", "roofline ms", "of roofline", "result"),
 )
-"""Of :func:`rows`."""
+"""Headings of :func:`rows`."""
 
 
 def conclusion(facts: dict) -> tuple[list[str], int]:
-    """What to tell the user, one line each, and the exit code: 0 only where a GPU's kernels agree."""
+    """Lines for the user, and the exit code: 0 only if the kernels of a GPU agree with the reference."""
     if facts["agrees"] is None:
-        return ["no GPU here: the Triton kernels were not run; --interpret checks their values without one"], 1
+        return ["no GPU: the Triton kernels were not run; --interpret checks their values without one"], 1
     where = facts["device"]
     lines = list(facts["failures"])
     if lines:
         lines.append(f"{len(lines)} of {len(facts['checks'])} checks disagree ({where}): the shared layout is refused")
     else:
         lines.append(f"all {len(facts['checks'])} checks agree with the reference ({where})")
-    if facts["verdict_file"] is None:
-        lines.append("no GPU was used: nothing is kept, and bfloat16, speed and CUDA graphs stay unchecked")
+    if facts["validation_file"] is None:
+        lines.append(
+            "no GPU was used: no validation record was written, and bfloat16, speed and CUDA graphs are unchecked"
+        )
         return lines, 1
-    lines.append(f"kept in {facts['verdict_file']}")
+    lines.append(f"validation record: {facts['validation_file']}")
     return lines, int(bool(facts["failures"]))
 
 
 def _examine_in_interpreter(model: Path | None) -> dict:
-    """``examine`` in another process: Triton reads TRITON_INTERPRET when it is imported, and here it may be."""
+    """:func:`examine` in a new process: Triton reads TRITON_INTERPRET on import and may be imported here already."""
     code = "import json, sys; from pathlib import Path; from tomoe_vllm.diagnostics.doctor import examine; "
     code += "print(json.dumps(examine(Path(sys.argv[1]) if sys.argv[1:] else None, interpret=True)))"
     command = [sys.executable, "-c", code, *([str(model)] if model else [])]
@@ -206,9 +209,9 @@ def _examine_in_interpreter(model: Path | None) -> dict:
 
 
 def main(model: Path | None, interpret: bool) -> tuple[dict, int]:
-    """``tomoe doctor``: facts for the JSON line and the exit code; the rest to standard error."""
+    """Run ``tomoe doctor``. Returns the facts for the JSON line and the exit code; prints the rest to stderr."""
     if model:
-        model_layer(model)  # a bad folder is an error of this process
+        model_layer(model)  # report a bad folder before the other process starts
     facts = _examine_in_interpreter(model) if interpret else examine(model)
     for name, value in facts["environment"].items():
         print(f"{name}: {', '.join(value) if isinstance(value, list) else value}", file=sys.stderr)

@@ -1,39 +1,39 @@
-"""Checks and times every Triton kernel against its plain-torch reference, for ``tomoe doctor``.
+"""Compares every Triton kernel with its plain-torch reference and times it, for ``tomoe doctor``.
 
-On a GPU: at the model's size, the outputs' memory filled with NaN before, captured into a CUDA graph that is
-replayed for other experts, and timed from that graph. In the interpreter (no GPU, TRITON_INTERPRET=1 before
-this module is imported): the same checks at a tiny size, no graph, no time.
+On a GPU, at the model's size: output memory is filled with NaN first, the kernel is captured into a CUDA graph, the
+graph is replayed for other experts and timed. In the interpreter (no GPU; TRITON_INTERPRET=1 before this module is
+imported), at a tiny size: the same comparisons, without graph and time.
 """
 
 import statistics
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from triton.runtime.jit import JITFunction
 
 from tomoe_vllm.diagnostics.roofline import Chip, MLPShape, costs
-from tomoe_vllm.kernels.expert_activation.triton import expert_activation_triton
 from tomoe_vllm.kernels.expert_mlp.reference import expert_mlp_reference
-from tomoe_vllm.kernels.expert_mlp.triton.gather import expert_mlp_gather, gather_reduce_kernel
-from tomoe_vllm.kernels.expert_mlp.triton.grouped import expert_mlp_grouped
+from tomoe_vllm.kernels.expert_mlp.triton.dispatch import expert_mlp_cuda
+from tomoe_vllm.kernels.expert_mlp.triton.gather import gather_reduce_kernel
+from tomoe_vllm.kernels.expert_mlp.weight_layout import neuron_lists
 from tomoe_vllm.kernels.ops import ExpertTensors
 
 LIMITS = {torch.float32: 1e-5, torch.bfloat16: 1.5e-2, torch.float16: 1.5e-3}
-"""Relative RMS, overall and worst row. Rounding to bf16 between the GEMMs costs 0.4 % overall and 0.7 % in the
-worst row; one wrong tile of 16 of 5,504 neurons costs 7 %, a misrouted token over 100 % of its row."""
+"""Limits of the relative RMS error, overall and of the worst row. Rounding to bf16 between the GEMMs causes 0.4 %
+overall and 0.7 % in the worst row; one wrong tile of 16 of 5,504 neurons 7 %, and a misrouted token over 100 % of its
+row."""
 
-GPU_TOKENS = {"gather": (1, 2, 3), "masked": (1, 16, 256), "grouped": (16, 128, 512, 2048)}
-INTERPRETER_TOKENS = {"gather": (1, 3), "masked": (1, 5), "grouped": (3, 70)}
+GPU_TOKENS = {"gather": (1, 2, 3), "dense": (1, 16, 256), "grouped": (16, 128, 512, 2048)}
+INTERPRETER_TOKENS = {"gather": (1, 3), "dense": (1, 5), "grouped": (3, 70)}
 
 
 @dataclass(kw_only=True, slots=True)
 class Check:
-    """One kernel at one number of tokens. ``error``: why it failed to run at all."""
+    """One execution path at one number of tokens. ``error``: why it did not run."""
 
     path: str
     num_tokens: int
@@ -49,7 +49,7 @@ class Check:
 
     @property
     def agrees(self) -> bool:
-        """Every comparison was made and lies within the limit."""
+        """Whether every comparison was made and is within the limit."""
         return self.error is None and max(self.overall, self.worst_row) <= self.limit
 
     def describe(self) -> str:
@@ -60,17 +60,14 @@ class Check:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Layer:
-    """Random weights of one layer, with experts of unequal width around ``shape.width``."""
+    """Random weights of one layer, with experts of unequal width around ``shape.width``.
+
+    ``dense``: the same weights with all neurons in every expert.
+    """
 
     shape: MLPShape
-    activation: str
-    up_weight: Tensor
-    up_bias: Tensor | None
-    down_weight: Tensor
-    masks: Tensor  # [N, F] uint8
-    all_neurons: Tensor  # [N, F] uint8, ones
-    neuron_ids: Tensor
-    widths: Tensor
+    weights: ExpertTensors
+    dense: ExpertTensors
 
     @classmethod
     def random(cls, shape: MLPShape, activation: str, has_bias: bool, dtype: torch.dtype, device: str) -> "Layer":
@@ -83,41 +80,21 @@ class Layer:
         share = torch.rand((shape.num_experts, shape.num_neurons), generator=generator, device=device)
         masks = share < shape.active_ratio
         masks[:, 0] = True
-        widths = masks.sum(dim=1).int()
-        # A stable sort puts an expert's neurons first, in their order.
-        order = torch.sort((~masks).to(torch.uint8), dim=1, stable=True).indices
-        return cls(
-            shape=shape,
-            activation=activation,
-            up_weight=(randn(num_up, shape.hidden_size) / shape.hidden_size**0.5).to(dtype),
+        weights = ExpertTensors(
+            up=(randn(num_up, shape.hidden_size) / shape.hidden_size**0.5).to(dtype),
             up_bias=randn(num_up).to(dtype) if has_bias else None,
-            down_weight=(randn(shape.num_neurons, shape.hidden_size) / shape.width**0.5).to(dtype),
+            down=(randn(shape.num_neurons, shape.hidden_size) / shape.width**0.5).to(dtype),
             masks=masks.to(torch.uint8),
-            all_neurons=torch.ones_like(masks, dtype=torch.uint8),
-            neuron_ids=order[:, : int(widths.max())].int().contiguous(),
-            widths=widths,
+            neuron_ids=neuron_lists(masks)[0],
+            widths=neuron_lists(masks)[1],
+            activation=activation,
         )
-
-    def run(self, path: str, hidden_states: Tensor, expert_ids: Tensor) -> Tensor:
-        """[T, D] -> [T, D] by ``path``; for ``masked`` with the dense GEMMs around the kernel."""
-        if path == "masked":
-            projected = F.linear(hidden_states, self.up_weight, self.up_bias)
-            return expert_activation_triton(projected, expert_ids, self.masks, self.activation) @ self.down_weight
-        kernel = expert_mlp_gather if path == "gather" else expert_mlp_grouped
-        weights = (self.up_weight, self.up_bias, self.down_weight)
-        return kernel(hidden_states, expert_ids, *weights, self.neuron_ids, self.widths, self.activation)
-
-    def run_dense(self, hidden_states: Tensor, expert_ids: Tensor) -> Tensor:
-        """The dense MLP, with the one-kernel activation and no neuron masked."""
-        projected = F.linear(hidden_states, self.up_weight, self.up_bias)
-        return expert_activation_triton(projected, expert_ids, self.all_neurons, self.activation) @ self.down_weight
+        return cls(shape=shape, weights=weights, dense=replace(weights, masks=torch.ones_like(weights.masks)))
 
     def expected(self, hidden_states: Tensor, expert_ids: Tensor) -> Tensor:
-        """The reference in float64 (float32 on a GPU, without TF32)."""
+        """The reference in float64, or in float32 without TF32 on a GPU. Returns [T, D]."""
         wide = torch.float32 if hidden_states.is_cuda else torch.float64
-        tables = self.masks, self.neuron_ids, self.widths
-        weights = ExpertTensors(self.up_weight, self.up_bias, self.down_weight, *tables, self.activation)
-        return expert_mlp_reference(hidden_states.to(wide), expert_ids, weights.to(wide))
+        return expert_mlp_reference(hidden_states.to(wide), expert_ids, self.weights.to(wide))
 
 
 def is_interpreted() -> bool:
@@ -136,19 +113,19 @@ def relative_rms(actual: Tensor, expected: Tensor) -> tuple[float, float]:
 
 @contextmanager
 def uninitialized_is_nan() -> Iterator[None]:
-    """torch fills new memory with NaN (integers: the largest), so that what a kernel leaves out is seen."""
+    """Make torch fill new memory with NaN (integers with their maximum), so that unwritten outputs are detected."""
     was = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that cuBLAS may not be deterministic is no concern here
+            warnings.simplefilter("ignore")  # only about cuBLAS, whose determinism does not matter here
             yield
     finally:
         torch.use_deterministic_algorithms(was[0], warn_only=was[1])
 
 
 def capture(run: Callable[[], Tensor]) -> tuple["torch.cuda.CUDAGraph", Tensor]:
-    """A CUDA graph of ``run`` and the tensor it writes; raises where ``run`` syncs with the host."""
+    """Capture ``run`` into a CUDA graph. Returns the graph and its output. Raises if ``run`` syncs with the host."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -161,7 +138,7 @@ def capture(run: Callable[[], Tensor]) -> tuple["torch.cuda.CUDAGraph", Tensor]:
 
 
 def median_ms(graph: "torch.cuda.CUDAGraph", rounds: int = 30) -> float:
-    """Median time of a replay. Weights stay in L2 between replays where they fit: true of small models only."""
+    """Median time of a replay. The weights of small models stay in L2 between replays, which makes them look faster."""
     times = []
     for _ in range(rounds):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -179,8 +156,8 @@ def _compare(check: Check, actual: Tensor, expected: Tensor) -> None:
 
 
 def run_check(layer: Layer, path: str, num_tokens: int, routing: str, chip: Chip | None) -> Check:
-    """Compare one path with the reference; on a GPU (``chip``) also from a CUDA graph, and time it."""
-    dtype, device = layer.up_weight.dtype, layer.up_weight.device
+    """Compare one path with the reference. On a GPU (``chip``) also compare and time it as a CUDA graph."""
+    dtype, device = layer.weights.up.dtype, layer.weights.up.device
     check = Check(
         path=path,
         num_tokens=num_tokens,
@@ -197,17 +174,19 @@ def run_check(layer: Layer, path: str, num_tokens: int, routing: str, chip: Chip
         expert_ids.fill_(last)
     try:
         with uninitialized_is_nan():
-            actual = layer.run(path, hidden_states, expert_ids)
+            actual = expert_mlp_cuda(hidden_states, expert_ids, layer.weights, path)
         _compare(check, actual, layer.expected(hidden_states, expert_ids))
         if chip:
-            graph, output = capture(lambda: layer.run(path, hidden_states, expert_ids))
+            graph, output = capture(lambda: expert_mlp_cuda(hidden_states, expert_ids, layer.weights, path))
             check.ms = median_ms(graph)
             expert_ids.copy_((expert_ids + 1) % (last + 1))
             graph.replay()
             _compare(check, output, layer.expected(hidden_states, expert_ids))
-            check.dense_ms = median_ms(capture(lambda: layer.run_dense(hidden_states, expert_ids))[0])
+            check.dense_ms = median_ms(
+                capture(lambda: expert_mlp_cuda(hidden_states, expert_ids, layer.dense, "dense"))[0]
+            )
             check.roofline_ms = 1e3 * costs(layer.shape, num_tokens)[path].seconds(chip)
-    except Exception as error:  # a kernel that does not compile, launch or capture is a finding, not a crash
+    except Exception as error:  # a kernel that fails to compile, launch or capture is a failed check
         check.error = " ".join(f"{type(error).__name__}: {error}".split())[:300]
     return check
 
@@ -215,7 +194,7 @@ def run_check(layer: Layer, path: str, num_tokens: int, routing: str, chip: Chip
 def run_checks(
     shape: MLPShape, activation: str, has_bias: bool, dtypes: list[torch.dtype], device: str, chip: Chip | None
 ) -> list[Check]:
-    """All paths, in each dtype; in the first one also with every token on the last expert."""
+    """Check all paths in each dtype; in the first dtype also with all tokens on the last expert."""
     tokens = GPU_TOKENS if chip else INTERPRETER_TOKENS
     checks = []
     for dtype in dtypes:

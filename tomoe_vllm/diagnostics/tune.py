@@ -1,4 +1,4 @@
-"""``tomoe tune``: measures on this GPU where the expert MLP should change its way, and writes the device's table."""
+"""``tomoe tune``: measures the dispatch thresholds of the expert MLP on this GPU and writes them to a file."""
 
 import json
 import sys
@@ -10,20 +10,20 @@ from pathlib import Path
 import torch
 
 from tomoe_vllm.diagnostics.bench.shapes import Shape
-from tomoe_vllm.kernels.expert_mlp.triton.thresholds import Thresholds, device_name
+from tomoe_vllm.kernels.expert_mlp.triton.dispatch import Thresholds, device_name, expert_mlp_cuda
 from tomoe_vllm.kernels.expert_mlp.weight_layout import neuron_lists
 from tomoe_vllm.kernels.ops import ExpertTensors
 
 NUM_TOKENS = (1, 2, 3, 4, 6, 8, 128, 192, 256, 384, 512, 640, 768, 1024, 1536, 2048, 4096)
-"""Where the cost model says that the ways may change places (docs/performance.md)."""
+"""Sizes around the two thresholds that the roofline model predicts (docs/performance.md)."""
 NEVER = 1_000_000_000
 
 
 def best(times: dict[str, dict[int, float]]) -> Thresholds:
-    """The thresholds that measured times ask for; ``times``: of each way, seconds by number of tokens.
+    """Thresholds from measured times. ``times``: seconds by path and number of tokens.
 
-    A way is taken only where it was measured faster than the masked one, at that number of tokens and at all measured
-    on its side: gather at all smaller, grouped at all larger ones.
+    A path is used only where it was faster than the dense path, at that size and at all measured sizes on its side:
+    gather at all smaller ones, grouped at all larger ones.
     """
     sizes = sorted(times["dense"])
     gather, grouped = 0, NEVER
@@ -41,16 +41,16 @@ def best(times: dict[str, dict[int, float]]) -> Thresholds:
 def tune(shape: Shape, folder: Path) -> dict:
     """Measure on a random layer of ``shape``, bfloat16, and write ``folder/<device>.json``.
 
-    Raises ``ValueError`` without a GPU: on CPUs one way serves every number of tokens.
+    Raises ``ValueError`` without a GPU: CPUs have one path for every number of tokens.
     """
     if not torch.cuda.is_available():
-        raise ValueError("tomoe tune needs a GPU; on CPUs one way serves every number of tokens")
+        raise ValueError("tomoe tune needs a GPU; CPUs have one execution path for every number of tokens")
     from triton.testing import do_bench
 
     times: dict[str, dict[int, float]] = {}
     for size in NUM_TOKENS:
-        for name, way in _ways(shape, size).items():
-            times.setdefault(name, {})[size] = 1e-3 * do_bench(way, return_mode="median")
+        for path, run in _paths(shape, size).items():
+            times.setdefault(path, {})[size] = 1e-3 * do_bench(run, return_mode="median")
         print(f"{size} tokens measured", file=sys.stderr)
     thresholds = best(times)
     folder.mkdir(parents=True, exist_ok=True)
@@ -59,10 +59,8 @@ def tune(shape: Shape, folder: Path) -> dict:
     return {"file": str(file), "seconds": times} | asdict(thresholds)
 
 
-def _ways(shape: Shape, num_tokens: int) -> dict[str, Callable[[], object]]:
-    """Each way of the op, by name."""
-    from tomoe_vllm.kernels.expert_mlp.triton.dispatch import expert_mlp_cuda
-
+def _paths(shape: Shape, num_tokens: int) -> dict[str, Callable[[], object]]:
+    """Functions that run each execution path on one random layer."""
     generator = torch.Generator(device="cuda").manual_seed(0)
     hidden, neurons = shape.hidden_size, shape.intermediate_size
 

@@ -1,4 +1,4 @@
-"""``tomoe doctor``: what it says, what it keeps, and its exit code, here and on machines stood in for."""
+"""``tomoe doctor``: output, validation record and exit code, on this machine and on simulated GPUs."""
 
 import json
 
@@ -19,28 +19,29 @@ def no_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
 
-def facts_of(checks, failures, device="NVIDIA A100", verdict_file="/x/doctor.json"):
+def facts_of(checks, failures, device="NVIDIA A100", validation_file="/x/doctor.json"):
     return {
-        "checks": checks, "failures": failures, "device": device, "agrees": not failures, "verdict_file": verdict_file
+        "checks": checks, "failures": failures, "device": device, "agrees": not failures,
+        "validation_file": validation_file,
     }  # fmt: skip
 
 
-def test_without_a_gpu_it_says_so_and_fails(run_cli):
+def test_without_a_gpu_it_fails_with_a_message(run_cli):
     code, out, err = run_cli("doctor")
     assert code == 1
-    assert err.splitlines()[-1].startswith("no GPU here")
+    assert err.splitlines()[-1].startswith("no GPU: the Triton kernels were not run")
     facts = json.loads(out.splitlines()[-1])
-    assert (facts["agrees"], facts["checks"], facts["verdict_file"]) == (None, [], None)
+    assert (facts["agrees"], facts["checks"], facts["validation_file"]) == (None, [], None)
     assert {"torch", "triton", "vllm", "cpu_isa", "compiler"} <= facts["environment"].keys()
 
 
-def test_interpreter_runs_every_check_and_keeps_nothing(run_cli, tmp_path, monkeypatch):
+def test_interpreter_runs_every_check_and_writes_no_validation_record(run_cli, tmp_path, monkeypatch):
     monkeypatch.setenv("TOMOE_CACHE_ROOT", str(tmp_path))
     code, out, err = run_cli("doctor", "--interpret")
     assert code == 1, "no GPU was checked"
     facts = json.loads(out.splitlines()[-1])
     assert facts["agrees"], facts["failures"]
-    assert {check["path"] for check in facts["checks"]} == {"gather", "masked", "grouped"}
+    assert {check["path"] for check in facts["checks"]} == {"gather", "dense", "grouped"}
     assert f"all {len(facts['checks'])} checks agree" in err
     assert list(tmp_path.iterdir()) == []
 
@@ -56,12 +57,12 @@ def test_kernels_that_disagree_fail_and_refuse_the_shared_layout():
 def test_kernels_that_agree_on_a_gpu_succeed():
     lines, code = conclusion(facts_of([CHECK], []))
     assert code == 0
-    assert lines[-1] == "kept in /x/doctor.json"
+    assert lines[-1] == "validation record: /x/doctor.json"
 
 
-def test_verdict_of_a_gpu_is_kept(monkeypatch, tmp_path):
+def test_validation_record_of_a_gpu_is_written(monkeypatch, tmp_path):
     kernel_checks = pytest.importorskip("tomoe_vllm.diagnostics.kernel_checks", reason="Triton is in the dev extra")
-    from tomoe_vllm.kernels.expert_mlp.triton.validation import read_verdict
+    from tomoe_vllm.kernels.expert_mlp.triton.dispatch import read_validation
 
     monkeypatch.setenv("TOMOE_CACHE_ROOT", str(tmp_path))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -73,7 +74,7 @@ def test_verdict_of_a_gpu_is_kept(monkeypatch, tmp_path):
     facts = examine()
     assert facts["agrees"] is False
     assert facts["chip"]["bandwidth"] == 2.039e12
-    found = read_verdict("NVIDIA A100-SXM4-80GB")
+    found = read_validation("NVIDIA A100-SXM4-80GB")
     assert not found.agrees
     assert "grouped, 16 tokens" in found.failures[0]
     assert conclusion(facts)[1] == 1
@@ -94,7 +95,7 @@ def test_table_has_a_cell_for_every_column():
              "hidden_act": "gelu_new"}, (320, 16, 2, "gelu_new", True), id="checkpoint, no gate"),
     ],
 )  # fmt: skip
-def test_sizes_are_those_of_the_model(config, expected, tmp_path):
+def test_sizes_come_from_the_model_config(config, expected, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"hidden_size": 512, "intermediate_size": 1408} | config))
     shape, activation, has_bias = model_layer(tmp_path)
     assert (shape.width, shape.num_experts, shape.num_matrices, activation, has_bias) == expected
@@ -108,14 +109,14 @@ def test_sizes_are_those_of_the_model(config, expected, tmp_path):
         ({"model_type": "llama", "hidden_act": "swish2"}, "hidden_act is 'swish2'"),
     ],
 )
-def test_a_model_it_cannot_check_is_an_error(config, message, tmp_path, run_cli):
+def test_unsupported_model_is_an_error(config, message, tmp_path, run_cli):
     (tmp_path / "config.json").write_text(json.dumps({"hidden_size": 512, "intermediate_size": 1408} | config))
     code, out, err = run_cli("doctor", "--model", tmp_path)
     assert (code, out) == (2, "")
     assert message in err
 
 
-def test_peak_numbers_are_the_data_sheets_where_known(monkeypatch):
+def test_peak_rates_of_known_gpus_come_from_the_data_sheet(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=0: "NVIDIA H100 80GB HBM3")
     chip = chip_of()
     assert (chip.name, chip.flops) == ("NVIDIA H100 80GB HBM3", 989e12)

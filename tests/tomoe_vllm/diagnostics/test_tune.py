@@ -1,4 +1,4 @@
-"""tomoe tune: the thresholds it chooses from measured times, and its error without a GPU."""
+"""``tomoe tune``: thresholds from measured times, and the error without a GPU."""
 
 import json
 
@@ -6,19 +6,19 @@ import pytest
 import torch
 
 from tomoe_vllm.diagnostics.tune import NEVER, best
-from tomoe_vllm.kernels.expert_mlp.triton.thresholds import SHIPPED_FOLDER
+from tomoe_vllm.kernels.expert_mlp.triton.dispatch import SHIPPED_FOLDER
 
 
 @pytest.mark.parametrize(
     ("gather", "grouped", "expected"),
     [
-        pytest.param([0.5, 0.7, 1.1, 3.0], [3.0, 2.0, 0.9, 0.5], (2, 256), id="as the cost model has it"),
+        pytest.param([0.5, 0.7, 1.1, 3.0], [3.0, 2.0, 0.9, 0.5], (2, 256), id="as the roofline model predicts"),
         pytest.param([1.0, 0.5, 0.5, 0.5], [0.5, 0.5, 0.5, 1.0], (0, NEVER), id="not better at the end: never"),
-        pytest.param([0.5, 0.5, 0.5, 0.5], [0.4, 0.4, 0.4, 0.4], (1024, NEVER), id="gather is asked first"),
-        pytest.param([0.5, 2.0, 0.5, 2.0], [2.0, 0.5, 2.0, 0.5], (1, 1024), id="one fast point proves nothing"),
+        pytest.param([0.5, 0.5, 0.5, 0.5], [0.4, 0.4, 0.4, 0.4], (1024, NEVER), id="gather has priority"),
+        pytest.param([0.5, 2.0, 0.5, 2.0], [2.0, 0.5, 2.0, 0.5], (1, 1024), id="one fast size is not enough"),
     ],
 )
-def test_tuning_leaves_the_masked_way_only_where_another_was_faster(gather, grouped, expected):
+def test_a_path_replaces_dense_only_where_it_was_faster(gather, grouped, expected):
     sizes = (1, 2, 256, 1024)
     times = {"dense": dict.fromkeys(sizes, 1.0)}
     times |= {
@@ -29,13 +29,13 @@ def test_tuning_leaves_the_masked_way_only_where_another_was_faster(gather, grou
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to tune")
-def test_tuning_a_cpu_is_misuse(run_cli, tmp_path):
+def test_tuning_without_a_gpu_is_an_error(run_cli, tmp_path):
     code, out, err = run_cli("tune", "--out", tmp_path)
     assert (code, out) == (2, "")
-    assert "tomoe tune needs a GPU; on CPUs one way serves every number of tokens" in err
+    assert "tomoe tune needs a GPU; CPUs have one execution path for every number of tokens" in err
 
 
-def test_a_gpu_that_was_not_measured_takes_the_masked_way():
+def test_default_thresholds_select_the_dense_path():
     values = json.loads((SHIPPED_FOLDER / "default.json").read_text())
     assert values["gather_tokens"] == 0
     assert values["grouped_tokens"] >= NEVER

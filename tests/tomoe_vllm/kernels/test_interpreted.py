@@ -1,4 +1,4 @@
-"""Runs tests/interpreted in a process of its own: Triton reads TRITON_INTERPRET when a kernel is imported."""
+"""Runs interpreted/ in new processes: Triton reads TRITON_INTERPRET when a kernel is imported."""
 
 from pathlib import Path
 

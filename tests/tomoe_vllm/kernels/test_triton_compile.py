@@ -1,7 +1,7 @@
-"""What the Triton kernels compile to for A100 (sm_80), H100 (sm_90) and A10/L4 (sm_86): no GPU is needed.
+"""Compiles the Triton kernels for A100 (sm_80), H100 (sm_90) and A10/L4 (sm_86) without a GPU and inspects the result.
 
-Seen with Triton 3.9.0. Checked for bf16 and the shapes of LLaMA-2 7B: no spilled register, shared memory
-within the chip, weights as 16-byte asynchronous copies, the tensor-core instruction, pipeline depth.
+Checked with Triton 3.9.0 for bf16 and the shapes of LLaMA-2 7B: no spilled registers, shared memory within the limit of
+the chip, weights loaded by 16-byte asynchronous copies, the tensor-core instruction, the pipeline depth.
 """
 
 from functools import cache
@@ -17,13 +17,14 @@ from tests.helpers.triton_compile import Compiled, Launch, compile_launch, recor
 from tomoe_vllm.kernels.expert_activation.triton import expert_activation_triton  # noqa: E402
 from tomoe_vllm.kernels.expert_mlp.triton.gather import GatherConfig, expert_mlp_gather  # noqa: E402
 from tomoe_vllm.kernels.expert_mlp.triton.grouped import expert_mlp_grouped, grouped_config  # noqa: E402
+from tomoe_vllm.kernels.ops import ExpertTensors  # noqa: E402
 
 SHARED_BYTES = {80: 163 * 1024, 86: 99 * 1024, 90: 227 * 1024}
-"""Most shared memory of a block (CUDA C++ programming guide, compute capabilities)."""
+"""Maximum shared memory per block (CUDA C++ programming guide, compute capabilities)."""
 
 SHAPES = {
     "7b": {"hidden_size": 4096, "num_neurons": 11008, "width": 5504},
-    "135m": {"hidden_size": 576, "num_neurons": 1536, "width": 768},  # D is no multiple of the tiles
+    "135m": {"hidden_size": 576, "num_neurons": 1536, "width": 768},  # D is not a multiple of the tiles
     "phi-2": {"hidden_size": 2560, "num_neurons": 10240, "width": 5120, "is_gated": False},
 }
 GROUPED_TOKENS = [64, 512, 4096]
@@ -50,16 +51,16 @@ def record(path, shape, num_tokens, arch, dtype=torch.bfloat16) -> dict[str, Lau
     hidden_size, num_neurons, is_gated = sizes["hidden_size"], sizes["num_neurons"], sizes["is_gated"]
     up_rows = num_neurons * (1 + is_gated)
     expert_ids = meta(num_tokens, dtype=torch.int64)
-    arguments = (
-        meta(num_tokens, hidden_size, dtype=dtype),
-        expert_ids,
-        meta(up_rows, hidden_size, dtype=dtype),
-        None if is_gated else meta(up_rows, dtype=dtype),
-        meta(num_neurons, hidden_size, dtype=dtype),
-        meta(8, sizes["width"], dtype=torch.int32),
-        meta(8, dtype=torch.int32),
-        "silu" if is_gated else "gelu_new",
+    weights = ExpertTensors(
+        up=meta(up_rows, hidden_size, dtype=dtype),
+        up_bias=None if is_gated else meta(up_rows, dtype=dtype),
+        down=meta(num_neurons, hidden_size, dtype=dtype),
+        masks=meta(8, num_neurons, dtype=torch.uint8),
+        neuron_ids=meta(8, sizes["width"], dtype=torch.int32),
+        widths=meta(8, dtype=torch.int32),
+        activation="silu" if is_gated else "gelu_new",
     )
+    arguments = meta(num_tokens, hidden_size, dtype=dtype), expert_ids, weights
     with recorded_launches(pytest.MonkeyPatch()) as launches:
         if path == "gather":
             expert_mlp_gather(*arguments)
@@ -67,8 +68,7 @@ def record(path, shape, num_tokens, arch, dtype=torch.bfloat16) -> dict[str, Lau
             config = grouped_config(num_tokens, 8, (arch // 10, arch % 10), dtype.itemsize)
             expert_mlp_grouped(*arguments, config)
         else:
-            masks = meta(8, num_neurons, dtype=torch.uint8)
-            expert_activation_triton(meta(num_tokens, up_rows, dtype=dtype), expert_ids, masks, "silu")
+            expert_activation_triton(meta(num_tokens, up_rows, dtype=dtype), expert_ids, weights.masks, "silu")
     return {launch.kernel.__name__: launch for launch in launches}
 
 
@@ -81,7 +81,7 @@ def compiled(path, shape, num_tokens, arch, dtype=torch.bfloat16) -> dict[str, C
 def assert_fits(kernels: dict[str, Compiled], arch: int) -> None:
     for name, kernel in kernels.items():
         assert kernel.spilled_bytes == 0, name
-        assert "serialized" not in kernel.ptxas, name  # wgmma instructions made to wait for each other
+        assert "serialized" not in kernel.ptxas, name  # ptxas serialized wgmma instructions
         assert kernel.shared_bytes <= SHARED_BYTES[arch], name
 
 
@@ -118,7 +118,7 @@ def test_other_dtypes_fit(dtype):
 
 
 @pytest.mark.parametrize("arch", [80, 90])
-def test_gathered_rows_stream_through_a_pipeline_of_the_depth_asked_for(arch):
+def test_gather_pipelines_have_the_configured_depth(arch):
     kernels = compiled("gather", "7b", 1, arch)
     up, down = kernels["gather_up_kernel"], kernels["gather_down_kernel"]
     assert up.buffers(GATHER.up_block_n, GATHER.up_block_k) == {GATHER.up_stages - 1}
@@ -142,11 +142,11 @@ def test_all_programs_of_gather_up_are_resident_on_an_a100():
 
 @pytest.mark.parametrize("arch", [80, 90])
 @pytest.mark.parametrize("num_tokens", GROUPED_TOKENS)
-def test_grouped_uses_tensor_cores_16_byte_copies_and_the_depth_asked_for(num_tokens, arch):
+def test_grouped_uses_tensor_cores_16_byte_copies_and_the_configured_depth(num_tokens, arch):
     config = grouped_config(num_tokens, 8, (arch // 10, arch % 10))
     kernels = compiled("grouped", "7b", num_tokens, arch)
     up, down = kernels["grouped_up_kernel"], kernels["grouped_down_kernel"]
-    # wgmma needs 64 rows; where it reads shared memory itself, the pipeline keeps one buffer more.
+    # wgmma needs 64 rows; it reads shared memory itself, and then the pipeline has one more buffer.
     is_wgmma = arch == 90 and config.block_m >= 64
     assert {up.tensor_core, down.tensor_core} == {"wgmma" if is_wgmma else "mma"}
     up_depth, down_depth = config.up_stages - 1 + is_wgmma, config.down_stages - 1 + is_wgmma
@@ -172,39 +172,39 @@ def indexed_loop_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     STAGES: tl.constexpr,
-    WAY: tl.constexpr,
+    VARIANT: tl.constexpr,
 ):
-    """The loop of grouped_down, with its row numbers loaded in one of three ways."""
+    """The loop of grouped_down, with three variants of loading the row indices."""
     tokens, columns, dims = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_N)
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     rows = tl.load(neuron_ids_ptr + columns)
-    if WAY == "carried cast":
+    if VARIANT == "carried cast":
         rows = rows.to(tl.int64)
     for k in tl.range(0, width, BLOCK_K, num_stages=STAGES):
-        if WAY == "same step":
+        if VARIANT == "same step":
             rows = tl.load(neuron_ids_ptr + k + columns)
         values = tl.load(hidden_ptr + tokens[:, None] * width + k + columns[None, :])
         weight = tl.load(down_weight_ptr + rows.to(tl.int64)[:, None] * hidden_size + dims[None, :])
         acc = tl.dot(values, weight, acc)
-        if WAY != "same step":
+        if VARIANT != "same step":
             rows = tl.load(neuron_ids_ptr + k + BLOCK_K + columns)
-        if WAY == "carried cast":
+        if VARIANT == "carried cast":
             rows = rows.to(tl.int64)
     tl.store(output_ptr + tokens[:, None] * hidden_size + dims[None, :], acc.to(tl.bfloat16))
 
 
 @pytest.mark.parametrize("arch", [80, 90])
 @pytest.mark.parametrize(
-    ("way", "expected"),
+    ("variant", "expected"),
     [
-        pytest.param("carried", 3, id="loaded one step before, carried as loaded: all of the depth"),
+        pytest.param("carried", 3, id="loaded one step ahead, carried as loaded: full depth"),
         pytest.param("same step", 1, id="loaded in the step that uses them"),
-        pytest.param("carried cast", 0, id="carried after a cast: buffers are there, nothing overlaps"),
+        pytest.param("carried cast", 0, id="carried after a cast: buffers are allocated, nothing overlaps"),
     ],
 )
-def test_way_of_loading_row_numbers_decides_the_depth(way, expected, arch):
+def test_loading_of_row_indices_decides_the_pipeline_depth(variant, expected, arch):
     arguments = (meta(64, 5504), meta(11008, 4096), meta(5504, dtype=torch.int32), meta(64, 4096), 5504, 4096)
-    tiles = {"BLOCK_M": 64, "BLOCK_N": 128, "BLOCK_K": 64, "STAGES": 4, "WAY": way}
+    tiles = {"BLOCK_M": 64, "BLOCK_N": 128, "BLOCK_K": 64, "STAGES": 4, "VARIANT": variant}
     options = {"num_warps": 4, "enable_fp_fusion": True}
     kernel = compile_launch(Launch(indexed_loop_kernel, (1,), arguments, tiles, options), arch)
     assert kernel.steps_ahead(64, 128) == expected
@@ -212,7 +212,7 @@ def test_way_of_loading_row_numbers_decides_the_depth(way, expected, arch):
 
 @pytest.mark.parametrize("path", ["gather", "activation", "grouped"])
 def test_launching_reads_nothing_from_the_device(path):
-    """No host sync, no shape that depends on data: on meta tensors either would raise."""
+    """A host sync or a data-dependent shape would raise on meta tensors."""
     launches = record(path, "7b", 300, 80)
     assert launches
     with pytest.raises(RuntimeError, match="meta"):
@@ -221,13 +221,13 @@ def test_launching_reads_nothing_from_the_device(path):
 
 @pytest.mark.parametrize(("path", "counts"), [("gather", (1, 2, 3)), ("grouped", (513, 1024, 4097))])
 def test_one_binary_serves_every_number_of_tokens(path, counts):
-    """Or a server would compile in the middle of its work, or while it captures a graph."""
+    """Otherwise a server would compile while it serves requests or captures a graph."""
     first, *others = ({n: specialization(k) for n, k in record(path, "7b", m, 80).items()} for m in counts)
     assert all(other == first for other in others)
 
 
-def test_spills_are_seen():
-    """Two accumulators of 128 x 128 do not fit the registers of 8 warps on an A100: why its tile is 128 x 64."""
+def test_spills_are_detected():
+    """Two accumulators of 128 x 128 exceed the registers of 8 warps on an A100, so its tile is 128 x 64."""
     launch = record("grouped", "7b", 4096, 90)["grouped_up_kernel"]
     assert launch.constexprs["BLOCK_N"] == 128
     assert compile_launch(launch, 80).spilled_bytes > 0

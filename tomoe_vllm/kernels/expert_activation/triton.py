@@ -1,7 +1,7 @@
-"""The expert activation as one Triton kernel: for CUDA, between two GEMMs that run outside torch.compile.
+"""The expert activation as one Triton kernel, for CUDA outside torch.compile.
 
-Under torch.compile the plain-torch version is fused by inductor already; this one serves the opaque op
-``tomoe::expert_mlp`` and eager mode, where five elementwise kernels would pass over [T, F] five times.
+Under torch.compile, inductor already fuses the plain-torch version. This kernel serves the opaque op
+``tomoe::expert_mlp`` and eager mode, where five elementwise kernels would each pass over [T, F].
 """
 
 import torch
@@ -20,7 +20,7 @@ KERNEL_ACTIVATIONS = {
 """Name in :func:`activate` of each Hugging Face ``hidden_act``."""
 
 BLOCK = 1024
-"""Columns of one program: 8 bf16 values, one 16-byte load, for each of 128 threads."""
+"""Columns per program: one 16-byte load (8 bf16 values) for each of 128 threads."""
 
 
 @triton.jit
@@ -41,7 +41,7 @@ def activate(x, ACTIVATION: tl.constexpr):
 def expert_activation_kernel(
     projected_ptr,  # [T, 2F] gate first, or [T, F]; float; rows projected_stride apart
     expert_ids_ptr,  # [T] int32 or int64
-    masks_ptr,  # [N, F] bool, uint8 or float, contiguous: not zero where the expert keeps the neuron
+    masks_ptr,  # [N, F] bool, uint8 or float, contiguous: non-zero where the expert keeps the neuron
     output_ptr,  # [T, F] dtype of projected, contiguous
     projected_stride,
     num_neurons,  # F
@@ -49,7 +49,7 @@ def expert_activation_kernel(
     IS_GATED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Grid (T, ceil(F / BLOCK)): one token, BLOCK neurons. One rounding, at the store."""
+    """Grid (T, ceil(F / BLOCK)): BLOCK neurons of one token. Computes in float32 and rounds once, at the store."""
     token = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     is_neuron = columns < num_neurons
@@ -65,9 +65,9 @@ def expert_activation_kernel(
 
 
 def expert_activation_triton(projected: Tensor, expert_ids: Tensor, expert_masks: Tensor, activation: str) -> Tensor:
-    """See :func:`tomoe_vllm.kernels.expert_activation.expert_activation`; any mask dtype, uint8 reads least.
+    """See :func:`tomoe_vllm.kernels.expert_activation.expert_activation`. Masks may have any dtype; uint8 reads least.
 
-    ``projected`` may be a view with rows of any stride and contiguous columns. The checks are the caller's.
+    ``projected`` may be a view with rows of any stride and contiguous columns. The caller checks shapes and names.
     """
     num_tokens, num_columns = projected.shape
     num_neurons = expert_masks.shape[1]

@@ -5,7 +5,7 @@
 Two ops of ``kernels/ops.py``, both opaque to torch.compile:
 
 - ``tomoe::expert_mlp`` takes the weights as tensors: plain torch (``reference.py``), or Triton kernels on CUDA
-  once ``triton.dispatch.load`` has run.
+  once ``triton.dispatch.register`` has run.
 - ``tomoe::prepared_expert_mlp`` takes a handle: C++ for float32 on CPUs (``cpu/op.cpp``). The weights are checked once,
   by ``tomoe::prepare_experts``: in each call, checking them and reading eight tensor headers that are in no cache
   would take a measurable part of the time of one token of a small model (benchmarks/op_versions.py).

@@ -21,7 +21,7 @@ from vllm.platforms import current_platform
 
 from tomoe_vllm.hf.configuration_tomoe import block_shape
 from tomoe_vllm.kernels import build
-from tomoe_vllm.kernels.expert_mlp.triton.validation import read_verdict
+from tomoe_vllm.kernels.expert_mlp.triton import dispatch
 from tomoe_vllm.layers.mlp.fused import CPU_MULTIPLE, ToMoEFusedMLP, fused_parameters
 from tomoe_vllm.layers.mlp.masked import ToMoEMaskedMLP
 from tomoe_vllm.layers.mlp.shared import ToMoESharedMLP
@@ -112,14 +112,12 @@ def why_not_shared(quant_config: QuantizationConfig | None) -> str | None:
 
 def why_not_shared_on_gpu(device: str) -> str | None:
     """Why the shared layout is unavailable on the GPU ``device`` (torch's name). None: the GPU op is registered."""
-    validation = read_verdict(device)
+    validation = dispatch.read_validation(device)
     if validation is None:
         return f"its GPU kernels were not checked on this {device}; run: tomoe doctor"
     if not validation.agrees:
         return f"`tomoe doctor` found its GPU kernels wrong on this {device}: {validation.failures[0]}"
-    from tomoe_vllm.kernels.expert_mlp.triton import dispatch  # imports triton
-
-    dispatch.load()
+    dispatch.register()
     return None
 
 

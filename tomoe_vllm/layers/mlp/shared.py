@@ -11,7 +11,7 @@ from vllm.platforms import current_platform
 
 from tomoe_vllm.hf.configuration_tomoe import block_shape
 from tomoe_vllm.kernels.expert_mlp import ExpertWeights, expert_mlp
-from tomoe_vllm.kernels.expert_mlp.triton.thresholds import load_thresholds
+from tomoe_vllm.kernels.expert_mlp.triton.dispatch import load_thresholds
 from tomoe_vllm.kernels.expert_mlp.weight_layout import neuron_order
 from tomoe_vllm.layers.mlp.neuron_rows import NeuronRows
 from tomoe_vllm.layers.mlp.router import ToMoERouter

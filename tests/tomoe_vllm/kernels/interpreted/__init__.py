@@ -1,1 +1,1 @@
-"""Values of the Triton kernels in Triton's interpreter; test_interpreted.py runs these in another process."""
+"""Values of the Triton kernels in Triton's interpreter. test_interpreted.py runs these files in new processes."""

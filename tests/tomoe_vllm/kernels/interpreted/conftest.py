@@ -1,4 +1,4 @@
-"""Collected only under TRITON_INTERPRET=1, which must be set before a kernel is imported."""
+"""These tests are collected only with TRITON_INTERPRET=1, which must be set before a kernel is imported."""
 
 import os
 
@@ -10,7 +10,7 @@ collect_ignore_glob = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["tes
 
 @pytest.fixture(autouse=True)
 def poisoned_buffers(monkeypatch):
-    """What torch.empty and new_empty return is NaN, and -1 in integers: nothing unwritten goes unseen."""
+    """Fill new tensors with NaN (integers with -1), so that unwritten outputs are detected."""
 
     def poisoned(make):
         def make_poisoned(*arguments, **options):

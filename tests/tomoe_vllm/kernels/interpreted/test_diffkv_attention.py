@@ -1,7 +1,7 @@
-"""vLLM's TRITON_ATTN_DIFFKV with values wider than keys, which no model in vLLM has: ``kv_layout: diffkv`` needs it.
+"""vLLM's TRITON_ATTN_DIFFKV with values wider than keys, as ``kv_layout: diffkv`` uses it and no model of vLLM does.
 
-Its cache write and its attention kernel against plain torch, through a paged cache. Values only: nothing here says
-that it compiles or is fast on a GPU.
+Its cache write and attention kernel against plain torch, through a paged cache. This checks values only, not that it
+compiles or is fast on a GPU.
 """
 
 import pytest
@@ -12,7 +12,7 @@ import vllm.triton_utils
 
 from tests.helpers.compare import assert_close, is_close
 
-# Without a GPU vLLM hides Triton from its own modules; the interpreter needs none.
+# Without a GPU vLLM replaces Triton by a placeholder in its own modules; the interpreter needs no GPU.
 vllm.triton_utils.triton, vllm.triton_utils.tl = triton, tl
 
 from vllm.v1.attention.ops.triton_reshape_and_cache_flash import (  # noqa: E402
@@ -22,14 +22,14 @@ from vllm.v1.attention.ops.triton_unified_attention_diffkv import unified_attent
 
 BLOCK_SIZE, NUM_BLOCKS, NUM_SEGMENTS = 16, 12, 4
 PREFILL, DECODE = [(20, 20), (7, 33), (1, 18)], [(1, 20), (1, 33), (1, 1)]
-"""Tokens of this step and context length, of each sequence."""
+"""New tokens and context length of each sequence."""
 
 
 SCALE = 64**-0.5
 
 
 def run(query_key: int, kept: int, value: int, sequences, *, is_split: bool, kernel_scale: float = SCALE):
-    """Output of the kernel and of plain torch: [tokens, heads, value]. Dims past ``kept`` are the layer's zeros."""
+    """Output of the kernel and of plain torch: [tokens, heads, value]. Dims past ``kept`` are zero padding."""
     num_heads, num_kv_heads = 4, 2
     generator = torch.Generator().manual_seed(0)
 
@@ -92,7 +92,7 @@ def run(query_key: int, kept: int, value: int, sequences, *, is_split: bool, ker
     ("query_key", "kept", "value"),
     [
         pytest.param(32, 20, 64, id="keys of half a head, padded from 20"),
-        pytest.param(48, 48, 64, id="no power of two"),
+        pytest.param(48, 48, 64, id="not a power of two"),
         pytest.param(80, 74, 128, id="head_dim 128"),
         pytest.param(64, 64, 24, id="static values narrower than keys"),
     ],

@@ -8,7 +8,7 @@ from tomoe_vllm.kernels.expert_activation.reference import ACTIVATIONS, expert_a
 from tomoe_vllm.kernels.expert_activation.triton import KERNEL_ACTIVATIONS, expert_activation_triton
 
 LIMITS = {torch.float32: 1e-5, torch.float16: 1e-3}
-"""Relative RMS; float16: one rounding of 2^-11."""
+"""Relative RMS. float16 is rounded once, by 2^-11."""
 
 
 def make_case(num_tokens, num_neurons, num_experts, is_gated, dtype, expert=None):
@@ -18,7 +18,7 @@ def make_case(num_tokens, num_neurons, num_experts, is_gated, dtype, expert=None
     if expert is not None:
         expert_ids.fill_(expert)
     masks = torch.rand(num_experts, num_neurons, generator=generator) < 0.5
-    masks[:, 0] = True  # no row of the output is all zeros
+    masks[:, 0] = True  # so that no output row is all zeros
     return projected, expert_ids, masks
 
 
@@ -33,7 +33,7 @@ def expected_output(projected, expert_ids, masks, activation="silu"):
     [
         pytest.param(1, 48, 8, True, None, id="one token"),
         pytest.param(5, 1033, 8, True, None, id="two blocks, the last not full"),
-        pytest.param(5, 48, 8, False, None, id="no gate: halves must not be multiplied"),
+        pytest.param(5, 48, 8, False, None, id="no gate: one matrix, no product of halves"),
         pytest.param(5, 48, 16, True, 15, id="all tokens on the last of 16 experts"),
     ],
 )
@@ -45,7 +45,7 @@ def test_equals_the_reference(num_tokens, num_neurons, num_experts, is_gated, ex
 
 
 @pytest.mark.parametrize("activation", sorted(ACTIVATIONS))
-def test_every_activation_of_the_reference_is_there(activation):
+def test_every_activation_equals_the_reference(activation):
     projected, expert_ids, masks = make_case(4, 48, 8, False, torch.float32)
     actual = expert_activation_triton(projected, expert_ids, masks, activation)
     assert_close(actual, expected_output(projected, expert_ids, masks, activation))
@@ -55,7 +55,7 @@ def test_activations_are_those_of_the_reference():
     assert KERNEL_ACTIVATIONS.keys() == ACTIVATIONS.keys()
 
 
-def test_rows_may_lie_apart():
+def test_rows_may_be_strided():
     projected, expert_ids, masks = make_case(4, 48, 8, True, torch.float32)
     wide = torch.full((4, 100), torch.nan)
     wide[:, :96] = projected

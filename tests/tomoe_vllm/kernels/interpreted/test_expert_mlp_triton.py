@@ -1,7 +1,7 @@
-"""Gather and grouped kernels against the masked dense MLP in float64: ragged, empty and crowded experts.
+"""Gather and grouped kernels against the reference in float64: experts of unequal width, without or with all tokens.
 
-Float32 and float16 only. The interpreter's bf16 dot multiplies raw bits and is wrong; bf16 is compiled in
-tests/tomoe_vllm/kernels/test_triton_compile.py and computed by ``tomoe doctor`` on a GPU.
+Float32 and float16 only: the interpreter's bf16 dot multiplies raw bits and is wrong. bf16 is compiled in
+test_triton_compile.py and run by ``tomoe doctor`` on a GPU.
 """
 
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ from tomoe_vllm.kernels.expert_mlp.triton.grouped import (
 from tomoe_vllm.kernels.ops import ExpertTensors
 
 LIMITS = {torch.float32: 1e-5, torch.float16: 1.5e-3}
-"""Relative RMS; float16: hidden and output rounded to 2^-11 each. Measured: 3e-4 overall, 4e-4 worst row."""
+"""Relative RMS. In float16, hidden and output are rounded to 2^-11 each; measured: 3e-4 overall, 4e-4 worst row."""
 
 TINY_GATHER = GatherConfig(up_block_n=16, up_block_k=16, down_block_n=16, down_block_k=16, split_k=3)
 TINY_GROUPED = GroupedConfig(block_m=16, up_block_n=32, up_block_k=16, down_block_n=16, down_block_k=16)
@@ -37,28 +37,27 @@ PATHS = {
 class Case:
     hidden_states: Tensor
     expert_ids: Tensor
-    up_weight: Tensor
+    up: Tensor
     up_bias: Tensor | None
-    down_weight: Tensor
+    down: Tensor
     masks: Tensor
     activation: str = "silu"
 
-    def tables(self) -> tuple[Tensor, Tensor]:
-        """``neuron_ids`` [N, W] int32, padded with each expert's last neuron, and ``widths`` [N] int32."""
+    def weights(self) -> ExpertTensors:
+        """``neuron_ids`` is padded with each expert's last neuron."""
         rows = [mask.nonzero()[:, 0].tolist() for mask in self.masks]
         width = max(map(len, rows))
         padded = [row + [row[-1] if row else 0] * (width - len(row)) for row in rows]
-        return torch.tensor(padded, dtype=torch.int32), torch.tensor([len(row) for row in rows], dtype=torch.int32)
+        neuron_ids = torch.tensor(padded, dtype=torch.int32)
+        widths = torch.tensor([len(row) for row in rows], dtype=torch.int32)
+        return ExpertTensors(self.up, self.up_bias, self.down, self.masks, neuron_ids, widths, self.activation)
 
     def run(self, path) -> Tensor:
-        weights = (self.up_weight, self.up_bias, self.down_weight)
-        return PATHS[path](self.hidden_states, self.expert_ids, *weights, *self.tables(), self.activation)
+        return PATHS[path](self.hidden_states, self.expert_ids, self.weights())
 
     def expected(self) -> Tensor:
         """[T, D] float64."""
-        tables = self.masks, *self.tables()
-        weights = ExpertTensors(self.up_weight, self.up_bias, self.down_weight, *tables, self.activation)
-        return expert_mlp_reference(self.hidden_states.double(), self.expert_ids, weights.to(torch.float64))
+        return expert_mlp_reference(self.hidden_states.double(), self.expert_ids, self.weights().to(torch.float64))
 
 
 def make_case(
@@ -77,9 +76,9 @@ def make_case(
     return Case(
         hidden_states=randn(num_tokens, hidden_size).to(dtype),
         expert_ids=torch.randint(num_experts, (num_tokens,), generator=generator),
-        up_weight=(randn(up_rows, hidden_size) / hidden_size**0.5).to(dtype),
+        up=(randn(up_rows, hidden_size) / hidden_size**0.5).to(dtype),
         up_bias=randn(up_rows).to(dtype) if has_bias else None,
-        down_weight=(randn(num_neurons, hidden_size) / num_neurons**0.5).to(dtype),
+        down=(randn(num_neurons, hidden_size) / num_neurons**0.5).to(dtype),
         masks=masks,
     )
 
@@ -114,11 +113,11 @@ def test_equals_the_reference(path, shape, dtype):
         pytest.param(37, 16, None, id="more experts than full blocks"),
         pytest.param(37, 8, [3] * 37, id="all tokens on one expert, three blocks"),
         pytest.param(16, 8, [7] * 16, id="the last expert only, block exactly full"),
-        pytest.param(17, 8, [0, 7] * 8 + [0], id="experts between without a token"),
+        pytest.param(17, 8, [0, 7] * 8 + [0], id="experts without a token in between"),
         pytest.param(6, 16, [15, 3, 15, 0, 9, 3], id="fewer tokens than experts"),
     ],
 )
-def test_grouped_equals_the_reference_however_tokens_fall(num_tokens, num_experts, expert_ids, dtype):
+def test_grouped_equals_the_reference_for_every_distribution_of_tokens(num_tokens, num_experts, expert_ids, dtype):
     case = make_case(num_tokens, num_experts=num_experts, dtype=dtype)
     if expert_ids:
         case.expert_ids = torch.tensor(expert_ids)
@@ -127,17 +126,12 @@ def test_grouped_equals_the_reference_however_tokens_fall(num_tokens, num_expert
 
 def test_grouped_equals_the_reference_with_the_tiles_of_a_gpu():
     case = make_case(70, num_neurons=150)
-    actual = expert_mlp_grouped(
-        *(case.hidden_states, case.expert_ids, case.up_weight, case.up_bias, case.down_weight),
-        *case.tables(),
-        "silu",
-        grouped_config(1024, 8, (9, 0)),
-    )
+    actual = expert_mlp_grouped(case.hidden_states, case.expert_ids, case.weights(), grouped_config(1024, 8, (9, 0)))
     assert_close(actual, case.expected())
 
 
 @pytest.mark.parametrize("path", PATHS)
-def test_activation_is_the_one_asked_for(path):
+def test_activation_is_the_requested_one(path):
     case = make_case(3, is_gated=False)
     case.activation = "gelu_new"
     assert_close(case.run(path), case.expected())
@@ -167,7 +161,7 @@ def test_a_row_does_not_depend_on_its_batch(path):
 
 
 @pytest.mark.parametrize("path", PATHS)
-def test_int32_experts_and_rows_that_lie_apart(path):
+def test_int32_experts_and_strided_rows(path):
     case = make_case(3)
     wide = torch.full((3, 100), torch.nan)
     wide[:, :40] = case.hidden_states
@@ -197,7 +191,7 @@ def test_group_tokens_sorts_stably_and_pads_each_expert(num_tokens):
     assert block_experts[: len(expected_experts)].tolist() == expected_experts
 
 
-FAULTS = ["one token misrouted", "one row number wrong", "one neuron too few", "gate and up swapped for one neuron"]
+FAULTS = ["one token misrouted", "one row index wrong", "one neuron too few", "gate and up swapped for one neuron"]
 
 
 @pytest.mark.parametrize("dtype", LIMITS, ids=str)
@@ -211,12 +205,12 @@ def test_tolerance_catches_small_faults(path, fault, dtype):
     kept = case.masks[expert].nonzero()[:, 0]
     if fault == "one token misrouted":
         case.expert_ids[0] = (expert + 1) % 8
-    elif fault == "one row number wrong":
+    elif fault == "one row index wrong":
         dropped = (~case.masks[expert]).nonzero()[0, 0]
         case.masks[expert, kept[1]], case.masks[expert, dropped] = False, True
     elif fault == "one neuron too few":
         case.masks[expert, kept[-1]] = False
     else:
         pair = [kept[0].item(), kept[0].item() + 56]
-        case.up_weight[pair] = case.up_weight[pair[::-1]].clone()
+        case.up[pair] = case.up[pair[::-1]].clone()
     assert max(relative_rms(case.run(path), expected)) > 5 * LIMITS[dtype]

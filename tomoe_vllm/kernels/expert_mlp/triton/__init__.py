@@ -1,1 +1,1 @@
-"""The op on GPUs: Triton kernels, their dispatch thresholds per device, and the record of their validation."""
+"""The expert MLP on GPUs: Triton kernels, and the dispatch between them."""

@@ -1,19 +1,20 @@
-"""The expert MLP for one to three tokens: only the rows of the routed expert are read.
+"""The ``gather`` path, for one to three tokens: reads only the rows of each token's expert.
 
-A matrix-vector product is bound by memory, so it is multiplied and summed on the plain cores: no tile of a
-tensor core is padded. Two kernels and a small one:
+A matrix-vector product is bound by memory, so it runs on the plain cores and no tensor-core tile is padded. Two kernels
+and a small reduction:
 
     gather_up      hidden[t, j] = act(gate row j . x) * (up row j . x),  j-th neuron of token t's expert
     gather_down    partial[s, t] = sum over a slice s of the neurons of hidden[t, j] * down row j
     gather_reduce  output[t] = sum over s of partial[s, t], in the order of s: deterministic, no atomics
 
-Rows are contiguous, so a gathered row streams as 16-byte asynchronous copies. In gather_up the row numbers
-are known before the loop; in gather_down each step needs new ones, and they are loaded one step ahead and
-carried as loaded, without a cast: an index loaded in the step that uses it costs the pipeline its depth, and
-a carried cast all overlap (tests/tomoe_vllm/kernels/test_triton_compile.py).
-Gives up: two tokens of one expert read it twice (the second time from L2).
+Rows are contiguous, so a gathered row streams as 16-byte asynchronous copies. In gather_up the row indices are known
+before the loop. In gather_down each step needs new ones; they are loaded one step ahead and carried without a cast. An
+index loaded in the step that uses it costs the pipeline its depth, and a carried cast costs all overlap
+(tests/tomoe_vllm/kernels/test_triton_compile.py).
 
-Shapes: T tokens, D hidden_size, F neurons, N experts, W = neuron_ids.shape[1], H = W rounded up.
+Two tokens of the same expert read its rows twice; the second read usually hits L2.
+
+Shapes: T tokens, D hidden_size, F neurons, N experts, W = neuron_ids.shape[1], H = W rounded up to the tile.
 """
 
 from dataclasses import dataclass
@@ -24,24 +25,25 @@ import triton.language as tl
 from torch import Tensor
 
 from tomoe_vllm.kernels.expert_activation.triton import KERNEL_ACTIVATIONS, activate
+from tomoe_vllm.kernels.ops import ExpertTensors
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GatherConfig:
     """Tile sizes. For LLaMA-2 7B at p = 0.5 the defaults give 344 and 256 programs with 32 and 24 KB in flight each.
 
-    Never timed on a GPU. Chosen so that the bytes in flight exceed bandwidth x latency several times (A100:
-    2 TB/s x 0.8 us = 1.6 MB) and that all programs of gather_up are resident at once: four on each of the 108
-    processors of an A100 by shared memory and registers; a fourth stage would leave 20 of them as a tail.
-    Re-run tests/tomoe_vllm/kernels/test_triton_compile.py and ``tomoe doctor`` after a change.
+    Never timed on a GPU. Chosen so that the bytes in flight are several times bandwidth x latency (A100: 2 TB/s x
+    0.8 us = 1.6 MB), and so that all programs of gather_up are resident at once: shared memory and registers allow
+    four on each of the 108 multiprocessors of an A100. With a fourth stage 20 programs would run as a tail.
+    After a change run tests/tomoe_vllm/kernels/test_triton_compile.py and ``tomoe doctor``.
     """
 
-    up_block_n: int = 16  # neurons of a program
-    up_block_k: int = 256  # of hidden_size, a step
+    up_block_n: int = 16  # neurons per program
+    up_block_k: int = 256  # dims of hidden_size per step
     up_stages: int = 3
     up_warps: int = 4
-    down_block_n: int = 128  # of hidden_size, a program
-    down_block_k: int = 32  # neurons, a step
+    down_block_n: int = 128  # dims of hidden_size per program
+    down_block_k: int = 32  # neurons per step
     down_stages: int = 4
     down_warps: int = 4
     split_k: int = 8  # slices of an expert's neurons
@@ -54,9 +56,9 @@ def gather_up_kernel(
     expert_ids_ptr,  # [T] int32 or int64
     up_weight_ptr,  # [2F, D] gate rows first, or [F, D]; contiguous, dtype of hidden_states
     up_bias_ptr,  # [2F] or [F], or None
-    neuron_ids_ptr,  # [N, W] int32, contiguous; row n is valid in its first widths[n] entries
+    neuron_ids_ptr,  # [N, W] int32, contiguous; the first widths[n] entries of row n are valid
     widths_ptr,  # [N] int32
-    hidden_ptr,  # out [T, H], dtype of hidden_states; written to the end of the width's last tile
+    hidden_ptr,  # out [T, H], dtype of hidden_states; written up to the end of the last tile of the width
     hidden_states_stride,
     hidden_size,  # D
     num_neurons,  # F
@@ -69,9 +71,10 @@ def gather_up_kernel(
     BLOCK_K: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """Grid (T, ceil(W / BLOCK_N)): BLOCK_N neurons of one token; tiles past the expert's width end at once.
+    """Grid (T, ceil(W / BLOCK_N)): BLOCK_N neurons of one token. Tiles past the expert's width return immediately.
 
-    Tokens go fastest, so two of one expert meet in L2. Sums in float32, in one order.
+    Tokens are the fastest grid dimension, so tokens of the same expert share its rows in L2. Sums are float32 and in a
+    fixed order.
     """
     token = tl.program_id(0).to(tl.int64)
     expert = tl.load(expert_ids_ptr + token).to(tl.int64)
@@ -114,7 +117,7 @@ def gather_up_kernel(
 
 @triton.jit
 def gather_down_kernel(
-    hidden_ptr,  # [T, H] float, of gather_up
+    hidden_ptr,  # [T, H] float, output of gather_up
     expert_ids_ptr,  # [T] int32 or int64
     down_weight_ptr,  # [F, D] contiguous, dtype of hidden
     neuron_ids_ptr,  # [N, W] int32, contiguous
@@ -177,30 +180,15 @@ def gather_reduce_kernel(
 
 
 def expert_mlp_gather(
-    hidden_states: Tensor,
-    expert_ids: Tensor,
-    up_weight: Tensor,
-    up_bias: Tensor | None,
-    down_weight: Tensor,
-    neuron_ids: Tensor,
-    widths: Tensor,
-    activation: str,
-    config: GatherConfig | None = None,
+    hidden_states: Tensor, expert_ids: Tensor, weights: ExpertTensors, config: GatherConfig | None = None
 ) -> Tensor:
-    """The expert MLP of a few tokens, reading only their experts' rows. Captures into a CUDA graph.
+    """The expert MLP of a few tokens. Arguments and result: :func:`.dispatch.expert_mlp_cuda`, which checks them.
 
-    ``hidden_states``: [T, D] float32, bfloat16 or float16, columns contiguous; ``expert_ids``: [T] int32 or
-    int64; ``up_weight``: [2F, D] gate rows first, or [F, D]; ``up_bias``: [2F] or [F], or None;
-    ``down_weight``: [F, D]; ``neuron_ids``: [N, W] int32, each expert's neurons, sorted; ``widths``: [N]
-    int32, how many entries of a row count. Weights contiguous, of the dtype of ``hidden_states``.
-    Returns [T, D], without W_down's bias. T is not checked: past three tokens other paths are faster.
+    Correct for any number of tokens; with more than about three, other paths are faster.
     """
     config = config or GatherConfig()
     num_tokens, hidden_size = hidden_states.shape
-    num_neurons, table_width = down_weight.shape[0], neuron_ids.shape[1]
-    assert hidden_states.stride(1) == 1
-    assert all(t.is_contiguous() for t in (up_weight, down_weight, neuron_ids, widths))
-    assert neuron_ids.dtype == widths.dtype == torch.int32
+    num_neurons, table_width = weights.down.shape[0], weights.neuron_ids.shape[1]
     if num_tokens == 0:
         return torch.empty_like(hidden_states)
     num_tiles = triton.cdiv(table_width, config.up_block_n)
@@ -208,18 +196,18 @@ def expert_mlp_gather(
     gather_up_kernel[(num_tokens, num_tiles)](
         hidden_states,
         expert_ids,
-        up_weight,
-        up_bias,
-        neuron_ids,
-        widths,
+        weights.up,
+        weights.up_bias,
+        weights.neuron_ids,
+        weights.widths,
         hidden,
         hidden_states.stride(0),
         hidden_size,
         num_neurons,
         table_width,
         hidden.shape[1],
-        ACTIVATION=KERNEL_ACTIVATIONS[activation],
-        IS_GATED=up_weight.shape[0] != num_neurons,
+        ACTIVATION=KERNEL_ACTIVATIONS[weights.activation],
+        IS_GATED=weights.up.shape[0] != num_neurons,
         IS_EVEN=hidden_size % config.up_block_k == 0,
         BLOCK_N=config.up_block_n,
         BLOCK_K=config.up_block_k,
@@ -231,9 +219,9 @@ def expert_mlp_gather(
     gather_down_kernel[(num_tokens, triton.cdiv(hidden_size, config.down_block_n), config.split_k)](
         hidden,
         expert_ids,
-        down_weight,
-        neuron_ids,
-        widths,
+        weights.down,
+        weights.neuron_ids,
+        weights.widths,
         partial,
         hidden.shape[1],
         hidden_size,

@@ -1,21 +1,20 @@
-"""The expert MLP for many tokens: tokens grouped by expert, a GEMM of each group with its expert's rows.
+"""The ``grouped`` path, for many tokens: sorts tokens by expert and multiplies each group with its expert's rows.
 
-    group_tokens   slots: the tokens in order of their expert, each expert's group padded to BLOCK_M
+    group_tokens   slots: the tokens sorted by expert, each expert's group padded to a multiple of BLOCK_M
     grouped_up     hidden[t, j] = act(gate row j . x) * (up row j . x),  j-th neuron of token t's expert
     grouped_down   output[t] = sum over the neurons of hidden[t, j] * down row j
 
-Both GEMMs index the rows of one shared matrix: experts overlap, and programs that run at the same time work
-on all experts' share of one window of neurons (grouped_up) or of output dims (grouped_down), so that a row
-comes from memory once and is met in L2 by the other experts. In natural order tile t of every expert covers
-nearly the same neurons.
+Both GEMMs index the rows of one shared matrix. Experts overlap, so programs that run at the same time work on one
+window of neurons (grouped_up) or of output dims (grouped_down) for all experts: a row is read from memory once, and
+from L2 by the other experts. Neurons are in their natural order, in which tile t of every expert covers nearly the same
+neurons.
 
-Everything has its upper-bound size: slots M + N * (BLOCK_M - 1), grids likewise; what is not needed ends at
-once on a number read on the device. No host sync, no shape that depends on data, no autotuning, one binary of a
-config for every number of tokens: it captures into a CUDA graph. Gives up: padding of up to BLOCK_M - 1 rows
-per expert.
+All buffers and grids have their upper-bound size: M + N * (BLOCK_M - 1) slots. Programs without work read that from the
+device and return immediately. There is no host sync, no data-dependent shape, no autotuning, and one binary of a config
+for every number of tokens, so a CUDA graph can capture it. The price is padding of up to BLOCK_M - 1 rows per expert.
 
-Shapes: M tokens (T in the docstring of the op), D hidden_size, F neurons, N experts, W = neuron_ids.shape[1],
-H = W rounded up to BLOCK_N.
+Shapes: M tokens (T elsewhere), D hidden_size, F neurons, N experts, W = neuron_ids.shape[1], H = W rounded up to
+BLOCK_N.
 """
 
 from dataclasses import dataclass
@@ -26,32 +25,34 @@ import triton.language as tl
 from torch import Tensor
 
 from tomoe_vllm.kernels.expert_activation.triton import KERNEL_ACTIVATIONS, activate
+from tomoe_vllm.kernels.ops import ExpertTensors
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GroupedConfig:
-    """Tile sizes. ``up_block_n`` must be a multiple of ``down_block_k``: hidden is zero up to its tile's end."""
+    """Tile sizes. ``up_block_n`` must be a multiple of ``down_block_k``: hidden is zero up to the end of its tile."""
 
     block_m: int  # tokens
     up_block_n: int  # neurons
-    up_block_k: int = 64  # of hidden_size, a step
+    up_block_k: int = 64  # dims of hidden_size per step
     up_stages: int = 4
     up_warps: int = 8
-    down_block_n: int = 128  # of hidden_size
-    down_block_k: int = 64  # neurons, a step
+    down_block_n: int = 128  # dims of hidden_size
+    down_block_k: int = 64  # neurons per step
     down_stages: int = 4
     down_warps: int = 8
 
 
 def grouped_config(num_tokens: int, num_experts: int, capability: tuple[int, int], itemsize: int = 2) -> GroupedConfig:
-    """Tiles by mean tokens per expert, CUDA capability and bytes per weight: a static table, never timed on a GPU.
+    """Tiles by mean tokens per expert, CUDA capability and bytes per weight. A static table, never timed on a GPU.
 
-    More than 64 rows per expert fill a 128-row tile better than half. On A100 128 tokens x 64 neurons with
-    two accumulators is the most that does not spill (128 x 128 spills 376 bytes); wgmma on H100 takes
-    128 x 128. Chips with 99 KB of shared memory a block (A10, L4, consumer cards), and any unknown one, get
-    one buffer less. Float32 is multiplied on the plain cores (no TF32), in small tiles.
-    tests/tomoe_vllm/kernels/test_triton_compile.py compiles every entry: no spills, shared memory within the chip, the
-    tensor-core instruction. Re-run it and ``tomoe doctor`` after a change.
+    More than 64 rows per expert fill more than half of a 128-row tile. On A100, 128 tokens x 64 neurons with two
+    accumulators is the largest tile that does not spill (128 x 128 spills 376 bytes); with wgmma on H100, 128 x 128
+    does not. GPUs with 99 KB of shared memory per block (A10, L4, consumer cards), and unknown ones, get one buffer
+    less. Float32 runs on the plain cores (no TF32), in small tiles.
+
+    tests/tomoe_vllm/kernels/test_triton_compile.py compiles every entry: no spills, shared memory within the limit of
+    the chip, the tensor-core instruction. Run it and ``tomoe doctor`` after a change.
     """
     if itemsize > 2:
         return GroupedConfig(
@@ -76,7 +77,7 @@ def grouped_config(num_tokens: int, num_experts: int, capability: tuple[int, int
 @triton.jit(do_not_specialize=["num_tokens"])
 def group_tokens_kernel(
     expert_ids_ptr,  # [M] int32 or int64
-    slots_ptr,  # out [at most M + N * BLOCK_M] int32: token of each slot, M where the slot is padding
+    slots_ptr,  # out [at most M + N * BLOCK_M] int32: token of each slot, M for padding
     block_experts_ptr,  # out [number of slots / BLOCK_M, rounded up] int32: expert of each block in use
     num_blocks_ptr,  # out [1] int32: blocks in use
     num_tokens,  # M
@@ -85,9 +86,9 @@ def group_tokens_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Grid (N,): program e counts all tokens, then writes expert e's, in their order: a stable sort.
+    """Grid (N,): program e counts the tokens of all experts, then writes those of expert e in order: a stable sort.
 
-    Slots past the last block in use are not written, and never read.
+    Slots past the last block in use are neither written nor read.
     """
     expert = tl.program_id(0)
     experts = tl.arange(0, EXPERTS)
@@ -122,11 +123,11 @@ def grouped_up_kernel(
     hidden_states_ptr,  # [M, D] float, rows hidden_states_stride apart
     up_weight_ptr,  # [2F, D] gate rows first, or [F, D]; contiguous, dtype of hidden_states
     up_bias_ptr,  # [2F] or [F], or None
-    neuron_ids_ptr,  # [N, W] int32, contiguous; row n is valid in its first widths[n] entries
+    neuron_ids_ptr,  # [N, W] int32, contiguous; the first widths[n] entries of row n are valid
     widths_ptr,  # [N] int32
-    slots_ptr,  # int32, of group_tokens
-    block_experts_ptr,  # int32, of group_tokens
-    num_blocks_ptr,  # [1] int32, of group_tokens
+    slots_ptr,  # int32, from group_tokens
+    block_experts_ptr,  # int32, from group_tokens
+    num_blocks_ptr,  # [1] int32, from group_tokens
     hidden_ptr,  # out [M, H], dtype of hidden_states; zero from the width to the end of its tile
     num_tokens,  # M
     hidden_states_stride,
@@ -142,10 +143,10 @@ def grouped_up_kernel(
     BLOCK_K: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """Grid (most blocks * ceil(W / BLOCK_N),): BLOCK_M slots of one expert, BLOCK_N of its neurons.
+    """Grid (max blocks * ceil(W / BLOCK_N),): BLOCK_M slots of one expert, BLOCK_N of its neurons.
 
-    Blocks go fastest, by their true number: all experts of one window of neurons run together, and the
-    programs without work are the last. Padded slots compute token 0 again and store nothing.
+    Blocks in use are the fastest dimension: all experts of one window of neurons run together, and the programs
+    without work come last. Padded slots compute token 0 again and store nothing.
     """
     num_blocks = tl.load(num_blocks_ptr)
     block = tl.program_id(0) % num_blocks
@@ -193,13 +194,13 @@ def grouped_up_kernel(
 
 @triton.jit(do_not_specialize=["num_tokens"])
 def grouped_down_kernel(
-    hidden_ptr,  # [M, H] float, of grouped_up
+    hidden_ptr,  # [M, H] float, output of grouped_up
     down_weight_ptr,  # [F, D] contiguous, dtype of hidden
     neuron_ids_ptr,  # [N, W] int32, contiguous
     widths_ptr,  # [N] int32
-    slots_ptr,  # int32, of group_tokens
-    block_experts_ptr,  # int32, of group_tokens
-    num_blocks_ptr,  # [1] int32, of group_tokens
+    slots_ptr,  # int32, from group_tokens
+    block_experts_ptr,  # int32, from group_tokens
+    num_blocks_ptr,  # [1] int32, from group_tokens
     output_ptr,  # out [M, D], dtype of hidden, contiguous: every element is written
     num_tokens,  # M
     hidden_stride,  # H
@@ -211,11 +212,11 @@ def grouped_down_kernel(
     BLOCK_K: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """Grid (most blocks * ceil(D / BLOCK_N),): BLOCK_M slots of one expert, BLOCK_N output dims.
+    """Grid (max blocks * ceil(D / BLOCK_N),): BLOCK_M slots of one expert, BLOCK_N output dims.
 
-    Blocks go fastest: all experts walk the neurons of one window of output dims together. Row numbers are
-    loaded one step before the rows. What the loop carries must be the loaded value itself: with the cast to
-    int64 before it Triton 3.9 allocates every buffer of the pipeline and overlaps nothing.
+    Blocks are the fastest dimension: all experts iterate over the neurons of one window of output dims together. Row
+    indices are loaded one step before the rows. The loop must carry the loaded value itself: if it carries the cast to
+    int64, Triton 3.9 allocates every buffer of the pipeline and overlaps nothing.
     """
     num_blocks = tl.load(num_blocks_ptr)
     block = tl.program_id(0) % num_blocks
@@ -248,17 +249,17 @@ def grouped_down_kernel(
 
 
 def group_tokens(expert_ids: Tensor, num_experts: int, block_m: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Order of the tokens by expert, on the device, in buffers of upper-bound size.
+    """Sort the tokens by expert on the device, into buffers of upper-bound size.
 
     ``expert_ids``: [M] int32 or int64. Returns ``slots`` [B * block_m] int32 (token of each slot, M for padding),
     ``block_experts`` [B] int32 and ``num_blocks`` [1] int32, with B = ceil((M + N (block_m - 1)) / block_m), at
-    most M. What lies past ``num_blocks`` is undefined.
+    most M. Entries past ``num_blocks`` are undefined.
     """
     num_tokens = expert_ids.shape[0]
     # A block in use has at least one token, so there are never more blocks than tokens.
-    most_blocks = min(triton.cdiv(num_tokens + num_experts * (block_m - 1), block_m), num_tokens)
-    slots = expert_ids.new_empty(most_blocks * block_m, dtype=torch.int32)
-    block_experts = expert_ids.new_empty(most_blocks, dtype=torch.int32)
+    max_blocks = min(triton.cdiv(num_tokens + num_experts * (block_m - 1), block_m), num_tokens)
+    slots = expert_ids.new_empty(max_blocks * block_m, dtype=torch.int32)
+    block_experts = expert_ids.new_empty(max_blocks, dtype=torch.int32)
     num_blocks = expert_ids.new_empty(1, dtype=torch.int32)
     group_tokens_kernel[(num_experts,)](
         expert_ids,
@@ -277,30 +278,19 @@ def group_tokens(expert_ids: Tensor, num_experts: int, block_m: int) -> tuple[Te
 
 
 def expert_mlp_grouped(
-    hidden_states: Tensor,
-    expert_ids: Tensor,
-    up_weight: Tensor,
-    up_bias: Tensor | None,
-    down_weight: Tensor,
-    neuron_ids: Tensor,
-    widths: Tensor,
-    activation: str,
-    config: GroupedConfig | None = None,
+    hidden_states: Tensor, expert_ids: Tensor, weights: ExpertTensors, config: GroupedConfig | None = None
 ) -> Tensor:
-    """The expert MLP of many tokens. Arguments, result and graph capture as for ``expert_mlp_gather``.
+    """The expert MLP of many tokens. Arguments and result: :func:`.dispatch.expert_mlp_cuda`, which checks them.
 
-    ``config``: default by :func:`grouped_config` for the number of tokens and the tensors' device.
+    ``config``: by default that of :func:`grouped_config` for the number of tokens and the tensors' device.
     """
     num_tokens, hidden_size = hidden_states.shape
-    num_neurons, table_width, num_experts = down_weight.shape[0], neuron_ids.shape[1], neuron_ids.shape[0]
+    num_neurons, (num_experts, table_width) = weights.down.shape[0], weights.neuron_ids.shape
     if config is None:
         is_cuda = hidden_states.is_cuda
         capability = torch.cuda.get_device_capability(hidden_states.device) if is_cuda else (8, 0)
         config = grouped_config(num_tokens, num_experts, capability, hidden_states.element_size())
     assert config.up_block_n % config.down_block_k == 0
-    assert hidden_states.stride(1) == 1
-    assert all(t.is_contiguous() for t in (up_weight, down_weight, neuron_ids, widths))
-    assert neuron_ids.dtype == widths.dtype == torch.int32
     if num_tokens == 0:
         return torch.empty_like(hidden_states)
     slots, block_experts, num_blocks = group_tokens(expert_ids, num_experts, config.block_m)
@@ -308,10 +298,10 @@ def expert_mlp_grouped(
     hidden = hidden_states.new_empty((num_tokens, num_tiles * config.up_block_n))
     grouped_up_kernel[(block_experts.shape[0] * num_tiles,)](
         hidden_states,
-        up_weight,
-        up_bias,
-        neuron_ids,
-        widths,
+        weights.up,
+        weights.up_bias,
+        weights.neuron_ids,
+        weights.widths,
         slots,
         block_experts,
         num_blocks,
@@ -322,8 +312,8 @@ def expert_mlp_grouped(
         num_neurons,
         table_width,
         hidden.shape[1],
-        ACTIVATION=KERNEL_ACTIVATIONS[activation],
-        IS_GATED=up_weight.shape[0] != num_neurons,
+        ACTIVATION=KERNEL_ACTIVATIONS[weights.activation],
+        IS_GATED=weights.up.shape[0] != num_neurons,
         IS_EVEN=hidden_size % config.up_block_k == 0,
         BLOCK_M=config.block_m,
         BLOCK_N=config.up_block_n,
@@ -335,9 +325,9 @@ def expert_mlp_grouped(
     output = hidden_states.new_empty((num_tokens, hidden_size))
     grouped_down_kernel[(block_experts.shape[0] * triton.cdiv(hidden_size, config.down_block_n),)](
         hidden,
-        down_weight,
-        neuron_ids,
-        widths,
+        weights.down,
+        weights.neuron_ids,
+        weights.widths,
         slots,
         block_experts,
         num_blocks,

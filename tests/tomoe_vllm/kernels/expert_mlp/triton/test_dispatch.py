@@ -1,21 +1,84 @@
-"""Which way the op takes on a GPU, and when the layer may use it. The kernels themselves: test_interpreted.py."""
+"""Dispatch on GPUs: thresholds, choice of the path, and the validation record."""
 
 import pytest
 import torch
 
 from tests.helpers.compare import assert_close
 from tomoe_vllm.kernels.expert_mlp.reference import expert_mlp_reference
-from tomoe_vllm.kernels.expert_mlp.triton import validation as verdict
-from tomoe_vllm.kernels.expert_mlp.triton.thresholds import Thresholds
+from tomoe_vllm.kernels.expert_mlp.triton import dispatch
+from tomoe_vllm.kernels.expert_mlp.triton.dispatch import (
+    Thresholds,
+    device_name,
+    load_thresholds,
+    read_validation,
+    validation_file,
+    write_validation,
+)
 from tomoe_vllm.kernels.expert_mlp.weight_layout import neuron_lists
 from tomoe_vllm.kernels.ops import ExpertTensors
 
-cuda = pytest.importorskip(
-    "tomoe_vllm.kernels.expert_mlp.triton.dispatch", reason="triton is not installed", exc_type=ImportError
+DEVICE = "NVIDIA A100-SXM4-80GB"
+
+
+# ------------------------------------------------------------------------------------------------------ thresholds
+@pytest.fixture
+def thresholds_file(monkeypatch, tmp_path):
+    """The file of this device's thresholds, in a folder of its own."""
+    monkeypatch.setenv("TOMOE_TUNED_CONFIG_FOLDER", str(tmp_path))
+    load_thresholds.cache_clear()
+    yield tmp_path / f"{device_name()}.json"
+    load_thresholds.cache_clear()
+
+
+def test_thresholds_of_this_device_are_read_from_the_named_folder(thresholds_file):
+    thresholds_file.write_text('{"gather_tokens": 3, "grouped_tokens": 5}')
+    assert load_thresholds() == Thresholds(gather_tokens=3, grouped_tokens=5)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        pytest.param('{"gather_tokens": 3}', id="a key is missing"),
+        pytest.param('{"gather_tokens": 3, "grouped_tokens": -1}', id="negative"),
+        pytest.param('{"gather_tokens": 3, "grouped_tokens": 1.5}', id="not an integer"),
+    ],
 )
+def test_invalid_thresholds_are_refused(thresholds_file, content):
+    thresholds_file.write_text(content)
+    with pytest.raises(ValueError, match="it must hold gather_tokens, grouped_tokens"):
+        load_thresholds()
 
 
-def _problem(num_tokens):
+# ------------------------------------------------------------------------------------------------------------- op
+@pytest.fixture
+def launched(monkeypatch):
+    """Names of the kernels that were launched. Each is replaced by the reference, which gets the same arguments."""
+    pytest.importorskip("triton", reason="Triton is in the dev extra")
+    from tomoe_vllm.kernels.expert_activation import triton as activation_triton
+    from tomoe_vllm.kernels.expert_mlp.triton import gather, grouped
+
+    names = []
+
+    def reference_for(name):
+        def run(hidden_states, expert_ids, weights):
+            names.append(name)
+            return expert_mlp_reference(hidden_states, expert_ids, weights)
+
+        return run
+
+    def activation(projected, expert_ids, masks, name):
+        names.append("dense")
+        gate, up = projected.chunk(2, dim=-1)
+        return torch.nn.functional.silu(gate) * up * masks[expert_ids]
+
+    monkeypatch.setattr(gather, "expert_mlp_gather", reference_for("gather"))
+    monkeypatch.setattr(grouped, "expert_mlp_grouped", reference_for("grouped"))
+    monkeypatch.setattr(activation_triton, "expert_activation_triton", activation)
+    monkeypatch.setattr(dispatch, "load_thresholds", lambda: Thresholds(gather_tokens=3, grouped_tokens=640))
+    return names
+
+
+def make_arguments(num_tokens: int) -> tuple[torch.Tensor, torch.Tensor, ExpertTensors]:
     generator = torch.Generator().manual_seed(0)
     masks = (torch.rand(4, 12, generator=generator) > 0.5).float()
     hidden_states = torch.randn(num_tokens, 8, generator=generator)
@@ -25,46 +88,66 @@ def _problem(num_tokens):
 
 
 @pytest.mark.parametrize(
-    ("num_tokens", "expected"), [(1, "gather"), (3, "gather"), (4, "dense"), (639, "dense"), (640, "grouped")]
+    ("num_tokens", "path"), [(1, "gather"), (3, "gather"), (4, "dense"), (639, "dense"), (640, "grouped")]
 )
-def test_number_of_tokens_chooses_the_way(num_tokens, expected, monkeypatch):
-    taken = []
-
-    def stand_in(name):
-        # Only the launch is replaced: what it is given must be what the reference needs.
-        def run(x, ids, up, bias, down, neuron_ids, widths, activation):
-            taken.append(name)
-            masks = torch.zeros(len(widths), len(down))
-            for row, (neurons, width) in enumerate(zip(neuron_ids, widths, strict=True)):
-                masks[row, neurons[:width].long()] = 1
-            weights = ExpertTensors(up, bias, down, masks, neuron_ids, widths, activation)
-            return expert_mlp_reference(x, ids, weights)
-
-        return run
-
-    def masked(projected, ids, masks, activation):
-        taken.append("dense")
-        gate, up = projected.chunk(2, dim=-1)
-        return torch.nn.functional.silu(gate) * up * masks[ids]
-
-    monkeypatch.setattr(cuda, "expert_mlp_gather", stand_in("gather"))
-    monkeypatch.setattr(cuda, "expert_mlp_grouped", stand_in("grouped"))
-    monkeypatch.setattr(cuda, "expert_activation_triton", masked)
-    problem = _problem(num_tokens)
-    monkeypatch.setattr(cuda, "load_thresholds", lambda: Thresholds(gather_tokens=3, grouped_tokens=640))
-    out = cuda.expert_mlp_cuda(*problem)
-    assert taken == [expected]
-    assert_close(out, expert_mlp_reference(*problem))
-    cuda.expert_mlp_cuda(*problem, "grouped")
-    assert taken == [expected, "grouped"]
+def test_number_of_tokens_selects_the_path(num_tokens, path, launched):
+    arguments = make_arguments(num_tokens)
+    output = dispatch.expert_mlp_cuda(*arguments)
+    assert launched == [path]
+    assert_close(output, expert_mlp_reference(*arguments))
 
 
-def test_shared_layout_waits_for_the_doctor_and_obeys_it(monkeypatch, tmp_path):
-    from tomoe_vllm.layers.mlp import layout as layer
+@pytest.mark.parametrize("path", ["gather", "dense", "grouped"])
+def test_an_explicit_path_overrides_the_thresholds(path, launched):
+    dispatch.expert_mlp_cuda(*make_arguments(5), path)
+    assert launched == [path]
 
+
+def test_tensors_that_the_kernels_cannot_address_are_refused(launched):
+    hidden_states, expert_ids, weights = make_arguments(3)
+    with pytest.raises(AssertionError):
+        dispatch.expert_mlp_cuda(hidden_states.T.contiguous().T, expert_ids, weights)
+    assert launched == []
+
+
+# ------------------------------------------------------------------------------------------------ validation record
+@pytest.fixture
+def cache_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("TOMOE_CACHE_ROOT", str(tmp_path))
-    assert "run: tomoe doctor" in layer.why_not_shared_on_gpu("Some GPU")
-    verdict.write_verdict("Some GPU", ["gather, 3 tokens: error 0.2 of 0.01"])
-    assert "gather, 3 tokens" in layer.why_not_shared_on_gpu("Some GPU")
-    verdict.write_verdict("Some GPU", [])
-    assert layer.why_not_shared_on_gpu("Some GPU") is None
+    return tmp_path
+
+
+def test_without_a_check_there_is_no_record(cache_folder):
+    assert read_validation(DEVICE) is None
+
+
+@pytest.mark.parametrize("failures", [[], ["gather, 1 tokens: NaN"]], ids=["agrees", "disagrees"])
+def test_record_round_trip(failures, cache_folder):
+    file = write_validation(DEVICE, failures)
+    assert file.parent == cache_folder
+    assert [path.name for path in cache_folder.iterdir()] == [file.name]
+    record = read_validation(DEVICE)
+    assert (record.agrees, record.failures, record.device) == (not failures, failures, DEVICE)
+
+
+def test_each_kind_of_gpu_has_its_own_record(cache_folder):
+    write_validation(DEVICE, ["wrong"])
+    assert read_validation("NVIDIA H100 80GB HBM3") is None
+
+
+def test_a_later_check_replaces_the_record(cache_folder):
+    write_validation(DEVICE, ["wrong"])
+    write_validation(DEVICE, [])
+    assert read_validation(DEVICE).agrees
+
+
+def test_changed_kernels_invalidate_the_record(cache_folder, monkeypatch):
+    write_validation(DEVICE, [])
+    monkeypatch.setattr(dispatch, "kernel_digest", lambda: "of another version")
+    assert read_validation(DEVICE) is None
+
+
+@pytest.mark.parametrize("content", ["", "{}", "[]", '{"device": 1', '{"agrees": true}'])
+def test_a_damaged_record_is_ignored(content, cache_folder):
+    validation_file(DEVICE).write_text(content)
+    assert read_validation(DEVICE) is None
