@@ -55,7 +55,7 @@ class Step:
 
     slices: list[tuple[Trace, int, int, int]]
 
-    def keep(self, expert_ids: np.ndarray) -> None:
+    def store(self, expert_ids: np.ndarray) -> None:
         """Store the experts of the traced rows. ``expert_ids``: [L, T] uint8 of the whole step."""
         for trace, position, row, count in self.slices:
             trace.put(position, expert_ids[:, row : row + count].T)

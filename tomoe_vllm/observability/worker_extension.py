@@ -1,10 +1,10 @@
-"""What vLLM's workers answer about their experts.
+"""vLLM worker extension that reports expert usage.
 
-``--worker-extension-cls tomoe_vllm.observability.worker_extension.ExpertExtension`` puts it in: vLLM adds this class
-to its worker's bases, so its methods can be called by ``collective_rpc``. They start, and read, an observer of the
-model runner's steps (``compat/worker.py``). A worker counts nothing before :meth:`ExpertExtension.tomoe_start_experts`.
+With ``--worker-extension-cls tomoe_vllm.observability.worker_extension.ExpertExtension`` vLLM adds this class to the
+bases of its worker, and ``collective_rpc`` can call its methods. They start and read an observer of the model runner's
+steps (``compat/worker.py``). A worker counts nothing before :meth:`ExpertExtension.tomoe_start_experts`.
 
-Every answer is made of plain lists, numbers and bytes, as vLLM's messages want them.
+Results consist of plain lists, numbers and bytes, which vLLM can serialize.
 """
 
 from typing import Any
@@ -17,38 +17,38 @@ from tomoe_vllm.observability.expert_traces import ExpertTraces
 
 
 class ExpertObserver:
-    """Counts the steps of one model runner (vLLM's first or second).
+    """Counts the steps of one model runner of vLLM (either of its two implementations).
 
-    Raises ``ValueError`` for a model that cannot be counted, saying why.
+    Raises ``ValueError``, with the reason, for a model or a setting that cannot be counted.
     """
 
     def __init__(self, runner: Any, vllm_config: Any) -> None:
         if getattr(vllm_config.parallel_config, "use_ubatching", False):
-            raise ValueError("expert statistics do not know steps cut into micro-batches; leave --enable-dbo off")
+            raise ValueError("expert statistics do not support micro-batched steps; leave --enable-dbo off")
         self.recorder = ExpertRecorder(runner.get_model())
         parallel = vllm_config.parallel_config
         is_split = getattr(parallel, "prefill_context_parallel_size", 1) > 1
-        # A rejected draft moves all later positions, and with context parallelism a rank has some rows only.
+        # Rejected draft tokens shift all later positions; with context parallelism a rank has only some of the rows.
         can_trace = vllm_config.speculative_config is None and not is_split
         self.traces = ExpertTraces(num_layers=len(self.recorder.records)) if can_trace else None
         self.steps = StepObserver(runner, self.count)
         self.steps.attach()
 
     def count(self, launched: LaunchedStep) -> None:
-        """Count the experts of a step."""
+        """Record the experts of a launched step."""
         step = None
         if self.traces is not None:
             step = self.traces.begin_step(launched.scheduler_output, launched.request_ids)
         if launched.num_tokens:
-            keep = None if step is None else step.keep
-            self.recorder.read_step(launched.num_tokens, launched.num_padded_tokens, keep)
+            consume = None if step is None else step.store
+            self.recorder.read_step(launched.num_tokens, launched.num_padded_tokens, consume)
 
 
 class ExpertExtension:
     """Methods of a vLLM worker, for ``collective_rpc``."""
 
     def tomoe_start_experts(self) -> str | None:
-        """Start counting; again, it changes nothing. Returns None, or why this server cannot count."""
+        """Start counting. Idempotent. Returns None, or the reason why this worker cannot count."""
         if getattr(self, "_tomoe_observer", None) is None:
             try:
                 self._tomoe_observer = ExpertObserver(self.model_runner, self.vllm_config)  # type: ignore[attr-defined]
@@ -57,11 +57,11 @@ class ExpertExtension:
         return None
 
     def tomoe_expert_counts(self) -> dict[str, Any]:
-        """This worker's counts since the start (``ExpertCounts``) and where it stands among the others."""
+        """The counts of this worker since the start (``ExpertCounts``), with its layers and tensor-parallel rank."""
         recorder = self._tomoe_observer.recorder
         recorder.count_pending()
         counts = recorder.counts
-        return self._tomoe_place() | {
+        return self._tomoe_shard() | {
             "num_neurons": counts.signatures.shape[1],
             "num_steps": counts.num_steps,
             "num_tokens": counts.num_tokens,
@@ -71,13 +71,13 @@ class ExpertExtension:
         }
 
     def tomoe_expert_trace(self, trace_id: str, start: int) -> dict[str, Any] | None:
-        """The experts of a traced request from position ``start`` on: [tokens, L] uint8 as bytes; None: unknown id."""
+        """The experts of a traced request from position ``start`` on, [tokens, L] uint8 as bytes. None: unknown id."""
         observer = self._tomoe_observer
         observer.recorder.count_pending()
         trace = observer.traces.get(trace_id) if observer.traces is not None else None
         if trace is None:
             return None
-        return self._tomoe_place() | {
+        return self._tomoe_shard() | {
             "num_prompt_tokens": trace.num_prompt_tokens,
             "num_cached_tokens": trace.num_cached_tokens,
             "num_tokens": trace.num_tokens,
@@ -85,7 +85,8 @@ class ExpertExtension:
             "experts": trace.experts[start : trace.num_tokens].tobytes(),
         }
 
-    def _tomoe_place(self) -> dict[str, Any]:
+    def _tomoe_shard(self) -> dict[str, Any]:
+        """Which part of the model this worker holds."""
         recorder = self._tomoe_observer.recorder
         return {
             "first_layer": recorder.first_layer,

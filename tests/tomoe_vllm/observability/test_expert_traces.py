@@ -32,7 +32,7 @@ def step(traces, *, new=(), running=(), finished=(), tokens=None, order=None):
     found = traces.begin_step(output, list(order or tokens))
     if found is not None:
         total = sum(tokens.values())
-        found.keep((10 * np.arange(LAYERS)[:, None] + np.arange(total)).astype(np.uint8))
+        found.store((10 * np.arange(LAYERS)[:, None] + np.arange(total)).astype(np.uint8))
     return found
 
 
