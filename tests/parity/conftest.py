@@ -1,7 +1,7 @@
-"""Engines for the parity tests, one at a time and in this process, and the reference they are compared with.
+"""vLLM engines for the parity tests, and the reference model they are compared with.
 
-In this process, because then an error while loading is an exception a test can read, and the second engine
-starts in seconds. Threads are left unbound: vLLM would pin this process to one core for the tests that follow.
+One engine at a time runs in the test process: loading errors are then exceptions that a test can inspect, and the
+second engine starts in seconds. Threads are not bound to cores: vLLM would pin this process for all later tests.
 """
 
 import gc
@@ -14,7 +14,7 @@ import torch
 
 NUM_TOKENS = 24
 PROMPT_LENGTHS = (1, 2, 5, 8, 13, 16, 17, 31, 32, 33, 40, 48, 55, 64, 65, 90)
-"""One token alone; around the attention kernel's block of 32; 16 prompts in all."""
+"""A single token, lengths around the attention kernel's block of 32, and 16 prompts in total."""
 
 
 ENVIRONMENT = {
@@ -23,18 +23,18 @@ ENVIRONMENT = {
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "OMP_NUM_THREADS": "1",
 }
-"""What vLLM reads from the environment while an engine of ours lives."""
+"""Environment variables for vLLM while an engine runs."""
 
 
 def make_prompts(vocab_size: int, lengths=PROMPT_LENGTHS, seed: int = 7) -> list[list[int]]:
-    """Random token ids, the same every time."""
+    """Random token ids from a fixed seed."""
     generator = torch.Generator().manual_seed(seed)
     return [torch.randint(2, vocab_size, (length,), generator=generator).tolist() for length in lengths]
 
 
 @dataclass(frozen=True)
 class Completion:
-    """A prompt, the greedy tokens after it, and logprobs: of every token but the first, or of the last ones."""
+    """A prompt, its greedy continuation, and logprobs of every token but the first, or of the last ones only."""
 
     prompt: list[int]
     tokens: list[int]
@@ -72,7 +72,7 @@ class Engine:
         prompt_logprobs: int | None = 0,
         **options,
     ) -> list[Completion]:
-        """Greedy continuation of each prompt, all in one batch; ``prompt_logprobs=None`` leaves out the prompt's."""
+        """Greedy continuation of all prompts in one batch. ``prompt_logprobs=None``: no logprobs of the prompts."""
         from vllm import SamplingParams
 
         sampling = SamplingParams(
@@ -96,10 +96,10 @@ class Engine:
 
 
 def keep_collections_short(patch: pytest.MonkeyPatch) -> None:
-    """Let Python's collector pass over what is here already, mostly imported modules, while an engine lives.
+    """Exclude existing objects, mostly imported modules, from garbage collection while an engine runs.
 
-    vLLM collects nine times from an engine's start to its end, each time over all of its own modules, and
-    ends with everything unfrozen. What the engine itself makes stays collectable throughout.
+    vLLM runs nine full collections during the life of an engine and unfreezes everything at the end. Objects created by
+    the engine itself remain collectable.
     """
     gc.collect()
     gc.freeze()
@@ -109,7 +109,7 @@ def keep_collections_short(patch: pytest.MonkeyPatch) -> None:
 
 @contextmanager
 def start_engine(folder: Path, **options):
-    """An :class:`Engine` that is gone afterwards, whatever happened."""
+    """Context manager of an :class:`Engine` that is always shut down."""
     engine = None
     with pytest.MonkeyPatch.context() as patch:
         for name, value in ENVIRONMENT.items():
@@ -127,10 +127,9 @@ def start_engine(folder: Path, **options):
 
 @torch.no_grad()
 def reference_completion(model, completion: Completion) -> Completion:
-    """What the reference model says about the same text: its greedy tokens and its logprobs.
+    """Greedy tokens and logprobs of the reference model for the same text, from one forward pass over it.
 
-    One forward pass over prompt and tokens. Its argmax at every step equals the engine's token if and only if
-    its own greedy generation gives these tokens.
+    Its argmax at every step equals the engine's token if and only if its own greedy generation gives these tokens.
     """
     ids = completion.prompt + completion.tokens
     logprobs = model(torch.tensor([ids])).logits[0].float().log_softmax(-1)
@@ -139,12 +138,12 @@ def reference_completion(model, completion: Completion) -> Completion:
 
 
 def max_logprob_difference(model, completions: list[Completion]) -> float:
-    """Largest difference between the engine and the reference over every token of every completion."""
+    """Largest logprob difference between engine and reference over all tokens of all completions."""
     return float(torch.cat([logprob_differences(model, completion) for completion in completions]).max())
 
 
 def logprob_differences(model, completion: Completion) -> torch.Tensor:
-    """Absolute differences between the engine and the reference, one for each logprob of ``completion``."""
+    """Absolute differences between engine and reference for each logprob of ``completion``."""
     expected = reference_completion(model, completion).logprobs[-len(completion.logprobs) :]
     return (completion.logprobs - expected).abs()
 

@@ -1,4 +1,4 @@
-"""torch.compile, as vLLM runs it without --enforce-eager: the same tokens as the reference."""
+"""With torch.compile (vLLM without --enforce-eager) the tokens equal those of the reference."""
 
 import pytest
 
@@ -27,7 +27,7 @@ def check_compiled(folder, prompts, family, **fields):
 
 @pytest.fixture(autouse=True)
 def empty_cache(tmp_path, monkeypatch):
-    """Compile, do not load what an earlier run left."""
+    """Use an empty compile cache."""
     monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path / "cache"))
 
 
@@ -37,6 +37,6 @@ def test_compiled_model_agrees_with_the_reference(tmp_path, prompts, family):
 
 
 def test_cached_graph_is_not_used_for_other_widths(tmp_path, prompts):
-    """Same shapes, other top-K and an unmasked layer: constants in the graph, so the cache must tell them apart."""
+    """Top-K values and unmasked layers are constants in the graph, so the compile cache must distinguish them."""
     check_compiled(tmp_path / "first", prompts, "llama")
     check_compiled(tmp_path / "second", prompts, "llama", vo_head_dims=[9, 32], qk_head_dims=[32, 24])

@@ -1,4 +1,4 @@
-"""Which layout of the experts a model is built in, and that it does not change what the model says."""
+"""Choice of the expert layout on a CPU, and equal output in all layouts."""
 
 import pytest
 import torch
@@ -25,7 +25,7 @@ def mlp_class(engine) -> str:
 
 
 def neurons_are_in_order(model) -> bool:
-    """Whether each gate has its neurons in the order that the kernels like, and its signature says the same."""
+    """Whether the neurons of each layer were permuted for the CPU kernels, consistently with their signature."""
     gates = [layer.mlp.expert_gate for layer in model.model.layers]
     return all(
         neuron_order(gate.expert_masks).tolist() == list(range(gate.expert_masks.shape[1]))
@@ -35,7 +35,7 @@ def neurons_are_in_order(model) -> bool:
 
 
 @pytest.mark.parametrize("family", ["llama", "phi"])
-def test_float32_on_a_cpu_takes_the_shared_layout_and_both_agree(tmp_path, prompts, family):
+def test_float32_on_a_cpu_uses_the_shared_layout_and_masked_agrees(tmp_path, prompts, family):
     model = save_tiny_model(tmp_path, family)
     with start_engine(tmp_path) as engine:
         assert mlp_class(engine) == "ToMoESharedMLP"
@@ -43,14 +43,14 @@ def test_float32_on_a_cpu_takes_the_shared_layout_and_both_agree(tmp_path, promp
         shared = engine.complete(prompts[:6])
     with start_engine(tmp_path, hf_overrides={"expert_layout": "masked"}) as engine:
         assert mlp_class(engine) == "ToMoEMaskedMLP"
-        assert not engine.inspect(neurons_are_in_order)  # nor need they be: the checkpoint's order
+        assert not engine.inspect(neurons_are_in_order)  # the order of the checkpoint
         masked = engine.complete(prompts[:6])
     assert [c.tokens for c in shared] == [c.tokens for c in masked]
     assert max_logprob_difference(model, shared) < LOGPROB_LIMIT
     assert max_logprob_difference(model, masked) < LOGPROB_LIMIT
 
 
-def test_without_a_compiler_the_masked_layout_serves(tmp_path, prompts, monkeypatch):
+def test_without_a_compiler_the_masked_layout_is_used(tmp_path, prompts, monkeypatch):
     monkeypatch.setattr(build, "load", lambda: False)
     model = save_tiny_model(tmp_path, "llama")
     with start_engine(tmp_path) as engine:
@@ -65,7 +65,7 @@ def test_without_a_compiler_the_masked_layout_serves(tmp_path, prompts, monkeypa
         ({"enable_lora": True}, "but LoRA adapters wrap vLLM's own linears; use 'auto' or 'masked'"),
     ],
 )
-def test_shared_layout_that_cannot_be_is_refused(tmp_path, options, message):
+def test_unavailable_shared_layout_is_refused(tmp_path, options, message):
     save_tiny_model(tmp_path, "llama")
     error = loading_error(tmp_path, hf_overrides={"expert_layout": "shared"}, **options)
     assert "expert_layout is 'shared', " + message in error

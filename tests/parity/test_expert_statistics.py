@@ -1,4 +1,4 @@
-"""Counts and traces of a real engine against the routes of the Hugging Face reference, token for token."""
+"""Expert counts and traces of an engine against the Hugging Face reference, token by token."""
 
 import numpy as np
 import pytest
@@ -20,7 +20,7 @@ LENGTHS = (1, 40, 90, 17, 64, 33, 120, 5, 80)
 
 
 def generate(engine, prompts, *, num_tokens=12, name: str | None = "trace") -> list[list[int]]:
-    """Greedy tokens of all prompts in one batch; request i asks for the trace "<name>-i", or for none."""
+    """Greedy tokens of all prompts in one batch. Request i has the trace id "<name>-i", or none without a name."""
     from vllm import SamplingParams
 
     sampling = [
@@ -54,13 +54,13 @@ def trace(engine, trace_id: str, start: int = 0) -> dict | None:
 
 
 def routes_of(model, prompts, tokens) -> list[np.ndarray]:
-    """Of everything that was computed: the last token is never fed back."""
+    """Expected experts of all computed tokens. The last generated token is never computed."""
     return [reference_routes(model, p + t[:-1]) for p, t in zip(prompts, tokens, strict=True)]
 
 
 @pytest.fixture(scope="module")
 def chunked(tmp_path_factory):
-    """A model and an engine that cuts long prompts in chunks and batches them with running requests."""
+    """A model and an engine with chunked prefill and prefix caching."""
     folder = tmp_path_factory.mktemp("model")
     model = save_tiny_model(folder, "llama")
     with start_engine(
@@ -94,7 +94,7 @@ def test_every_token_of_a_chunked_batch_has_the_experts_of_the_reference(chunked
         assert set(answer["step_paths"]) == {"shared_rows"}
 
 
-def test_tokens_from_the_prefix_cache_are_said_to_be_not_computed(chunked):
+def test_tokens_from_the_prefix_cache_are_marked_as_not_computed(chunked):
     model, engine = chunked
     (first,) = make_prompts(96, lengths=(200,), seed=11)  # vLLM's blocks on CPUs have 128 tokens
     second = first[:180] + make_prompts(96, lengths=(20,), seed=12)[0]
@@ -110,7 +110,7 @@ def test_tokens_from_the_prefix_cache_are_said_to_be_not_computed(chunked):
     assert counts(engine)["num_tokens"] - before == len(expected) - cached
 
 
-def test_an_id_belongs_to_the_first_request_that_has_it(chunked):
+def test_a_trace_id_belongs_to_its_first_request(chunked):
     _, engine = chunked
     prompts = make_prompts(96, lengths=(7, 9), seed=14)
     generate(engine, prompts[:1], name="twice")
@@ -123,10 +123,10 @@ def test_a_trace_can_be_read_from_a_position_on(chunked):
     _, engine = chunked
     whole = trace(engine, "trace-1")["experts"]
     np.testing.assert_array_equal(trace(engine, "trace-1", start=45)["experts"], whole[45:])
-    assert trace(engine, "never asked for") is None
+    assert trace(engine, "unknown id") is None
 
 
-def test_union_of_one_long_step_is_that_of_the_experts_in_it(tmp_path):
+def test_union_of_one_step_covers_the_experts_of_its_tokens(tmp_path):
     model = save_tiny_model(tmp_path, "llama", seed=3)
     prompts = make_prompts(96, lengths=(50,))
     with start_engine(tmp_path, **STATISTICS) as engine:
@@ -157,7 +157,7 @@ def test_other_layouts_count_the_same(tmp_path, family, layout, path):
     assert set(answer["step_paths"]) == {path}
 
 
-def test_off_unless_asked_for(tmp_path):
+def test_statistics_are_off_by_default(tmp_path):
     save_tiny_model(tmp_path, "llama")
     with start_engine(tmp_path, worker_extension_cls=STATISTICS["worker_extension_cls"]) as engine:
         assert engine.inspect(lambda model: model.model.layers[0].mlp.expert_gate.record) is None
@@ -166,7 +166,7 @@ def test_off_unless_asked_for(tmp_path):
 
 
 @pytest.mark.slow
-def test_two_ranks_give_the_routes_once_and_share_the_neurons(tmp_path):
+def test_two_ranks_report_equal_routes_and_split_the_neurons(tmp_path):
     model = save_tiny_model(tmp_path, "llama")
     prompts = make_prompts(96, lengths=(3, 20))
     with start_engine(tmp_path, tensor_parallel_size=2, **STATISTICS) as engine:

@@ -1,4 +1,4 @@
-"""Every family, Hugging Face reference against vLLM: the same tokens and the same probabilities."""
+"""Every family: vLLM gives the same tokens and probabilities as the Hugging Face reference."""
 
 import pytest
 import torch
@@ -11,11 +11,11 @@ from tomoe_vllm.hf.tomoe_math import route
 pytestmark = pytest.mark.engine
 
 LOGPROB_LIMIT = 1e-4
-"""Nats. Seen: 1e-5 on these models; the smallest fault below gives over 1e-2."""
+"""Nats. Measured: 1e-5 on these models; the smallest of the faults below gives more than 1e-2."""
 
 
 class Pair:
-    """One checkpoint: its reference model, its engine, and what the engine made of the 16 prompts."""
+    """One checkpoint: its reference model, its engine, and the completions of 16 prompts."""
 
     def __init__(self, family, model, engine, prompts):
         self.family, self.model, self.engine = family, model, engine

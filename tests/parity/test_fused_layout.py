@@ -1,4 +1,4 @@
-"""The fused layout: vLLM's own fused MoE over experts that were sliced while loading."""
+"""The fused layout: vLLM's fused MoE over experts that are sliced while loading."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ FUSED = {"hf_overrides": {"expert_layout": "fused"}}
 
 
 def experts(model) -> list[dict]:
-    """Of each layer: the type of its MLP, what is left of the checkpoint's rows, and the experts' sizes."""
+    """For each layer: class of its MLP, remaining elements of the checkpoint's rows, elements of the experts."""
     mlps = [layer.mlp for layer in model.model.layers]
     return [
         {
@@ -49,8 +49,8 @@ def test_fused_layout_agrees_with_the_reference(tmp_path, prompts, family, field
     assert max_logprob_difference(model, completions) < LOGPROB_LIMIT
 
 
-def test_bfloat16_is_served_too(tmp_path, prompts):
-    """Close, not equal: in bf16 a token near a router's border may take another expert."""
+def test_bfloat16_is_close_to_float32(tmp_path, prompts):
+    """Only close to float32: in bf16 a token with two nearly equal router logits may change its expert."""
     model = save_tiny_model(tmp_path, "llama")
     with start_engine(tmp_path, dtype="bfloat16", **FUSED) as engine:
         completions = engine.complete(prompts[:4])
@@ -60,7 +60,7 @@ def test_bfloat16_is_served_too(tmp_path, prompts):
 
 
 @pytest.mark.slow
-def test_two_ranks_share_out_every_expert(tmp_path, prompts):
+def test_two_ranks_split_every_expert(tmp_path, prompts):
     model = save_tiny_model(tmp_path, "llama", expert_intermediate_sizes=[31, 64, 48])
     with start_engine(tmp_path, tensor_parallel_size=2, **FUSED) as engine:
         completions = engine.complete(prompts)
@@ -78,13 +78,13 @@ def test_two_ranks_share_out_every_expert(tmp_path, prompts):
         ("llama", {}, {"enable_lora": True}, "LoRA adapters wrap vLLM's own linears"),
     ],
 )
-def test_fused_layout_that_cannot_be_is_refused(tmp_path, family, fields, options, message):
+def test_unavailable_fused_layout_is_refused(tmp_path, family, fields, options, message):
     save_tiny_model(tmp_path, family, **fields)
     error = loading_error(tmp_path, **FUSED, **options)
     assert f"expert_layout is 'fused', but {message}; use 'auto' or 'masked'" in error
 
 
-def test_fused_layout_with_random_weights_of_vllm(tmp_path):
+def test_fused_layout_with_dummy_weights(tmp_path):
     save_tiny_model(tmp_path, "llama")
     with start_engine(tmp_path, load_format="dummy", **FUSED) as engine:
         (completion,) = engine.complete([[5, 6, 7]], num_tokens=2)

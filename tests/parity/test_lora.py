@@ -1,4 +1,4 @@
-"""LoRA adapters on the linears of a ToMoE model: the same as adding their product to the weights."""
+"""LoRA adapters on a ToMoE model give the same output as weights with the adapter merged."""
 
 import json
 
@@ -42,7 +42,7 @@ def test_adapter_equals_merged_weights(tmp_path, prompts, family):
     save_adapter(tmp_path / "adapter", merged, TARGETS[family])
     request = LoRARequest("adapter", 1, str(tmp_path / "adapter"))
     with start_engine(tmp_path / "base", enable_lora=True, max_lora_rank=8) as engine:
-        # Logprobs of prompts with LoRA: vLLM 0.32's CPU build fails (bgmv_shrink), on its own models too.
+        # No prompt logprobs: with LoRA, vLLM 0.32's CPU build fails (bgmv_shrink), on its own models too.
         adapted = engine.complete(prompts[:6], prompt_logprobs=None, lora_request=request)
         plain = engine.complete(prompts[:6], prompt_logprobs=None)
     assert max_logprob_difference(merged, adapted) < LOGPROB_LIMIT

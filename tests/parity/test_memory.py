@@ -1,6 +1,6 @@
-"""Resident memory of a server, dense against ToMoE of the same weights (94 M parameters), in processes of their own.
+"""Resident memory of a server: ToMoE against the dense model of the same weights (94 M parameters), in new processes.
 
-``pytest -m slow -rP tests/parity/test_memory.py`` prints what it was.
+``pytest -m slow -rP tests/parity/test_memory.py`` prints the measurements.
 """
 
 import json
@@ -52,7 +52,7 @@ def models(tmp_path_factory):
 
 
 def serve(models, name: str, layout: str | None = None, num_prompts: int = 0) -> dict:
-    """Memory before vLLM is imported into use, after loading and after each prompt of 1,024 tokens, bytes."""
+    """Memory in bytes: before the engine starts, after loading, and after each prompt of 1,024 tokens."""
     out = models / f"{name}-{layout}.json"
     variables = environment(
         VLLM_ENABLE_V1_MULTIPROCESSING="0",
@@ -78,7 +78,7 @@ def dense(models):
 @pytest.mark.parametrize("layout", ["shared", "masked"])
 def test_tomoe_needs_no_more_memory_than_dense(models, dense, layout):
     tomoe = serve(models, "tomoe", layout)
-    # What loading added: the libraries' own 500 MB would hide half a copy of the weights.
+    # Compare only what loading added: 500 MB of libraries would hide half a copy of the weights.
     added, allowed = ({key: m["loaded"][key] - m["before"][key] for key in m["loaded"]} for m in (tomoe, dense))
     assert added["RssAnon"] <= 1.05 * allowed["RssAnon"]
     assert added["VmRSS"] <= 1.05 * allowed["VmRSS"]
@@ -86,16 +86,18 @@ def test_tomoe_needs_no_more_memory_than_dense(models, dense, layout):
     assert tomoe["loaded"]["VmHWM"] <= 1.05 * dense["loaded"]["VmHWM"] + one_layer
 
 
-def test_a_server_does_not_grow_with_its_prompts(models):
-    """Norms in plain torch leave holes that nothing fills. The first prompts may still find what is kept for reuse."""
+def test_memory_does_not_grow_with_the_number_of_prompts(models):
+    """With norms in plain torch the heap fragments. During the first prompts caches may still grow."""
     served = serve(models, "tomoe", "shared", num_prompts=16)["served"]
     assert served[-1]["RssAnon"] <= 1.03 * served[7]["RssAnon"]
 
 
 def test_fused_experts_are_built_without_a_second_copy(models, dense):
-    """At its peak it holds its experts (4 times the MLPs) and what one layer needs besides."""
+    """Peak memory is that of the experts (4 times the MLPs) and of the work on one layer."""
     fused = serve(models, "tomoe", "fused")
     more = (SHAPE.num_experts * SHAPE.expert_width / SHAPE.intermediate_size - 1) * SHAPE.mlp_bytes * SHAPE.num_layers
-    assert fused["loaded"]["RssAnon"] > dense["loaded"]["RssAnon"] + 0.9 * more, "the measurement must see the experts"
+    assert fused["loaded"]["RssAnon"] > dense["loaded"]["RssAnon"] + 0.9 * more, (
+        "the experts must show in the measurement"
+    )
     one_layer = SHAPE.num_experts * SHAPE.expert_width / SHAPE.intermediate_size * SHAPE.mlp_bytes + SHAPE.mlp_bytes
     assert fused["loaded"]["VmHWM"] <= 1.05 * dense["loaded"]["VmHWM"] + more + one_layer

@@ -1,4 +1,4 @@
-"""What attention cuts out of its weights and of the KV cache, and that the model says the same without it."""
+"""Pruned attention weights and KV cache: their sizes, and equal output without the pruned dims."""
 
 import pytest
 import torch
@@ -23,7 +23,7 @@ CASES = {
         {"head_dim": 64, "vo_mode": "static", "qk_head_dims": [16, 40, 24], "vo_head_dims": [16, 7, 32]},
         64,
     ),
-    "values of each token keep the cache whole": ("llama", {"head_dim": 64}, 64),
+    "value masks of each token need whole values": ("llama", {"head_dim": 64}, 64),
     "partial rotary, odd numbers of kept dims": (
         "phi",
         {
@@ -50,7 +50,7 @@ CASES = {
 
 
 def widths(model) -> list[dict]:
-    """Per layer: rows that qkv_proj computes, values of the bias, columns that the output projection takes."""
+    """For each layer: outputs of qkv_proj, size of its bias, outputs of the output projection, KV head sizes."""
     found = []
     for layer in model.model.layers:
         attention = layer.self_attn
@@ -70,7 +70,7 @@ def widths(model) -> list[dict]:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_cut_model_agrees_with_the_masked_reference(tmp_path, prompts, case):
+def test_pruned_model_agrees_with_the_masked_reference(tmp_path, prompts, case):
     family, fields, head_size = CASES[case]
     model = save_tiny_model(tmp_path, family, **fields)
     config = model.config
@@ -97,8 +97,8 @@ def test_cut_model_agrees_with_the_masked_reference(tmp_path, prompts, case):
 @pytest.mark.parametrize(
     "fields", [{"qk_head_dims": [14, 22, 26]}, {"vo_mode": "static", "qk_head_dims": [14, 32, 26]}]
 )
-def test_bfloat16_takes_heads_that_are_not_aligned(tmp_path, prompts, fields):
-    """vLLM's own rotary kernel dies of them (seen: a segmentation fault). Close to float32, not equal."""
+def test_bfloat16_supports_unaligned_heads(tmp_path, prompts, fields):
+    """vLLM's rotary kernel dies with a segmentation fault on such heads. bf16 is only close to float32."""
     model = save_tiny_model(tmp_path, "llama", **fields)
     with start_engine(tmp_path, dtype="bfloat16") as engine:
         completions = engine.complete(prompts[:6])
@@ -107,7 +107,7 @@ def test_bfloat16_takes_heads_that_are_not_aligned(tmp_path, prompts, fields):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("family", "kv_heads"), [("llama", 2), ("llama", 1), ("phi", 4)])
-def test_two_ranks_cut_their_own_heads(tmp_path, prompts, family, kv_heads):
+def test_each_rank_prunes_its_own_heads(tmp_path, prompts, family, kv_heads):
     fields = {"vo_mode": "static", "num_key_value_heads": kv_heads, "vo_head_dims": [16, 7, 31]}
     model = save_tiny_model(tmp_path, family, **fields)
     with start_engine(tmp_path, tensor_parallel_size=2) as engine:
@@ -128,8 +128,8 @@ def test_a_smaller_head_size_fits_more_tokens_into_the_same_memory(tmp_path):
 
 
 @pytest.mark.parametrize("fields", [{}, {"vo_mode": "static"}])
-def test_random_weights_of_vllm_have_the_same_shapes(tmp_path, fields):
-    """``--load-format dummy`` reads no checkpoint, so nothing says which dims are kept; their number is known."""
+def test_dummy_weights_have_the_same_shapes(tmp_path, fields):
+    """``--load-format dummy`` reads no checkpoint; the number of kept dims comes from the config."""
     model = save_tiny_model(tmp_path, "phi", **fields)
     with start_engine(tmp_path, load_format="dummy") as engine:
         rows = [layer["rows"] for layer in engine.inspect(widths)]
@@ -146,6 +146,6 @@ def test_random_weights_of_vllm_have_the_same_shapes(tmp_path, fields):
         ("packed", "kv_layout is 'packed'; it must be one of auto, padded, diffkv"),
     ],
 )
-def test_kv_layout_that_cannot_be_is_refused(tmp_path, layout, message):
+def test_unavailable_kv_layout_is_refused(tmp_path, layout, message):
     save_tiny_model(tmp_path, "llama")
     assert message in loading_error(tmp_path, hf_overrides={"kv_layout": layout})

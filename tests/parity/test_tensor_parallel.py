@@ -1,4 +1,4 @@
-"""Two processes give what one gives: heads, neurons and signature are sharded, masks of heads are not."""
+"""Two tensor-parallel ranks: heads, neurons and signatures are sharded, head masks are replicated."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""What a config can switch, one engine each: Hugging Face reference against vLLM."""
+"""Options of a config, one engine each, against the Hugging Face reference."""
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ VARIANTS = [
     pytest.param("llama", ALL_KEPT, id="every width full: masks are skipped"),
     pytest.param("llama", {"num_experts": 12}, id="signature of two bytes"),
     pytest.param("llama", {"num_experts": 1}, id="one expert"),
-    # Seed 0 has two value logits 2e-6 apart at the border of the kept ones, and either choice is right.
+    # With seed 0 the last kept and the first dropped value logit differ by 2e-6: either choice is correct.
     pytest.param(
         "qwen3", {"attention_bias": True, "num_key_value_heads": 1, "seed": 1}, id="biases before the norm, MQA"
     ),
@@ -52,13 +52,13 @@ def test_variant_agrees_with_the_reference(tmp_path, prompts, family, fields):
 
 
 def test_bfloat16_keeps_routers_and_masks_exact(tmp_path, prompts):
-    """Weights and activations in bf16, gates in float32: close to the float32 reference, not equal."""
+    """Weights and activations are bf16, routers float32: close to the float32 reference, not equal."""
     model = save_tiny_model(tmp_path, "llama")
     with start_engine(tmp_path, dtype="bfloat16") as engine:
         gate = engine.inspect(lambda model: model.model.layers[0].mlp.expert_gate)
         completions = engine.complete(prompts[:4])
     assert str(gate.router.weight.dtype) == "torch.float32"
     assert str(gate.expert_masks.dtype) == "torch.bfloat16"
-    # A token near a router's border may take another expert in bf16, so only the typical token is compared.
+    # In bf16 a token with two nearly equal router logits may change its expert, so the median is compared.
     differences = torch.cat([logprob_differences(model, completion) for completion in completions])
     assert differences.median() < 0.1

@@ -1,4 +1,4 @@
-"""The plugin, asked through vLLM's own lookups; and what a vLLM without it says."""
+"""The plugin as vLLM's own lookups see it, and the error of vLLM without the plugin."""
 
 import os
 import subprocess
@@ -16,7 +16,7 @@ from tomoe_vllm.hf.modeling_tomoe import MODEL_CLASSES
 ARCHITECTURES = [model.__name__ for model in MODEL_CLASSES.values()]
 
 
-def test_entry_point_is_ours():
+def test_entry_point_is_registered():
     found = entry_points(group="vllm.general_plugins", name="tomoe")
     assert [entry.load() for entry in found] == [plugin.register]
 
@@ -86,7 +86,7 @@ def _run_without_plugin(code: str, *arguments: str) -> subprocess.CompletedProce
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
 
 
-def test_vllm_without_the_plugin_says_so_in_one_line(tmp_path):
+def test_vllm_without_the_plugin_fails_with_one_line(tmp_path):
     _save_with_code(tmp_path)
     code = "import sys; from vllm import LLM; LLM(sys.argv[1], trust_remote_code=True, skip_tokenizer_init=True)"
     result = _run_without_plugin(code, str(tmp_path))
@@ -96,7 +96,7 @@ def test_vllm_without_the_plugin_says_so_in_one_line(tmp_path):
     assert "pip install tomoe-vllm" in last_line
 
 
-def test_plain_transformers_loads_beside_a_vllm_without_the_plugin(tmp_path):
+def test_transformers_loads_the_checkpoint_while_vllm_lacks_the_plugin(tmp_path):
     _save_with_code(tmp_path)
     code = (
         "import sys; from vllm import LLM, ModelRegistry; ModelRegistry.get_supported_archs(); "
