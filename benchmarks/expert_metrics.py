@@ -45,9 +45,9 @@ def start(folder: Path):
         worker_extension_cls="tomoe_vllm.observability.worker_extension.ExpertExtension",
         additional_config={"tomoe_expert_statistics": True},
     )  # fmt: skip
-    (obstacle,) = llm.collective_rpc("tomoe_start_experts")
-    if obstacle is not None:
-        raise SystemExit(obstacle)
+    (reason,) = llm.collective_rpc("tomoe_start_experts")
+    if reason is not None:
+        raise SystemExit(reason)
     return llm, llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
 
 

@@ -1,7 +1,7 @@
 """What the decoder's norm costs on this CPU. Run: python benchmarks/norms.py
 
 vLLM's RMSNorm with a residual, in plain torch as vLLM's dense models run it on CPUs, and by vLLM's compiled kernel as
-``layers/layernorm.py`` does. Microseconds, medians of turns; the last line is JSON.
+``layers/norm.py`` does. Microseconds, medians of turns; the last line is JSON.
 """
 
 import json

@@ -43,7 +43,7 @@ class ExpertCollector(Collector):
         paths = CounterMetricFamily(
             "tomoe_step_path",
             "Forward passes (a count) since the start by the way they took through the MLP's weights: masked (all of "
-            "them), shared_rows on CPUs, shared_gather, shared_masked or shared_grouped on GPUs, fused (vLLM's MoE).",
+            "them), shared_rows on CPUs, shared_gather, shared_dense or shared_grouped on GPUs, fused (vLLM's MoE).",
             labels=["path"],
         )
         for layer, row in enumerate(report.tokens):
