@@ -38,6 +38,7 @@ def test_sums_of_a_tile_stay_in_registers(isa):
         assert loop["on_stack"] == 0 or loop["tile"].startswith(TOO_LARGE.get(isa, " ")), loop
 
 
+@pytest.mark.process
 def test_an_instruction_set_that_has_no_tiles_is_refused():
     result = python(REPOSITORY / "benchmarks" / "tile_code.py", "--isa", "SSE2")
     assert result.returncode == 2

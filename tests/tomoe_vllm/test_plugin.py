@@ -43,6 +43,7 @@ def test_a_failure_is_logged_and_not_raised(monkeypatch, caplog):
     assert "\n" not in caplog.records[-1].getMessage()
 
 
+@pytest.mark.process
 def test_registering_imports_neither_the_model_nor_the_layers():
     code = (
         "import sys; from tomoe_vllm.plugin import register; register(); "
@@ -86,6 +87,7 @@ def _run_without_plugin(code: str, *arguments: str) -> subprocess.CompletedProce
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
 
 
+@pytest.mark.process
 def test_vllm_without_the_plugin_fails_with_one_line(tmp_path):
     _save_with_code(tmp_path)
     code = "import sys; from vllm import LLM; LLM(sys.argv[1], trust_remote_code=True, skip_tokenizer_init=True)"
@@ -96,6 +98,7 @@ def test_vllm_without_the_plugin_fails_with_one_line(tmp_path):
     assert "pip install tomoe-vllm" in last_line
 
 
+@pytest.mark.process
 def test_transformers_loads_the_checkpoint_while_vllm_lacks_the_plugin(tmp_path):
     _save_with_code(tmp_path)
     code = (

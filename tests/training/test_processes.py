@@ -11,6 +11,8 @@ from tomoe_training.trainer import train
 from tests.helpers.processes import environment, python, start_python
 from tests.helpers.runs import assert_identical, assignments, interrupt, largest_difference, metrics
 
+pytestmark = pytest.mark.process
+
 
 def _kill_at(process, out, step):
     """SIGKILL the process as soon as its metrics reach ``step``."""

@@ -102,6 +102,7 @@ def test_read_only_site_packages_is_one_line(site_packages, monkeypatch, capsys)
     assert capsys.readouterr().err.startswith("cannot change site-packages: ")
 
 
+@pytest.mark.process
 def test_the_vllm_command_of_this_environment_starts():
     shim = [sys.executable, "-m", "tomoe_vllm.compat.vllm_cpu_shim"]
     subprocess.run(shim, check=True, capture_output=True, timeout=60)

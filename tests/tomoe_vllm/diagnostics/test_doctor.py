@@ -35,6 +35,7 @@ def test_without_a_gpu_it_fails_with_a_message(run_cli):
     assert {"torch", "triton", "vllm", "cpu_isa", "compiler"} <= facts["environment"].keys()
 
 
+@pytest.mark.process
 def test_interpreter_runs_every_check_and_writes_no_validation_record(run_cli, tmp_path, monkeypatch):
     monkeypatch.setenv("TOMOE_CACHE_ROOT", str(tmp_path))
     code, out, err = run_cli("doctor", "--interpret")

@@ -19,6 +19,8 @@ from tomoe_vllm.kernels.expert_mlp.triton.gather import GatherConfig, expert_mlp
 from tomoe_vllm.kernels.expert_mlp.triton.grouped import expert_mlp_grouped, grouped_config  # noqa: E402
 from tomoe_vllm.kernels.ops import ExpertTensors  # noqa: E402
 
+pytestmark = pytest.mark.process
+
 SHARED_BYTES = {80: 163 * 1024, 86: 99 * 1024, 90: 227 * 1024}
 """Maximum shared memory per block (CUDA C++ programming guide, compute capabilities)."""
 

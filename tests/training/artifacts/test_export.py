@@ -130,6 +130,7 @@ def test_one_adapter_exports_at_other_budgets(p, dense_folder, adapter_folder, t
     assert facts["active_ratio_target"] == p
 
 
+@pytest.mark.process
 def test_checkpoint_loads_and_generates_where_the_package_is_not_installed(dense_folder, tmp_path):
     for family in FAMILIES:
         student = save_untrained_adapter(tmp_path / f"{family}-adapter", dense_folder(family))
@@ -165,6 +166,7 @@ print("fine")
         assert_close(torch.load(tmp_path / f"{family}-remote.pt"), torch.load(tmp_path / f"{family}.pt"))
 
 
+@pytest.mark.process
 def test_interrupted_export_leaves_nothing(dense_folder, adapter_folder, tmp_path):
     code = """
 import time, tomoe_training.artifacts.export

@@ -156,6 +156,7 @@ def test_nothing_is_left_when_the_block_fails(tmp_path, error):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.process
 def test_what_a_killed_process_left_is_removed_and_what_a_living_one_writes_is_not(tmp_path):
     code = f"""
 import pathlib, time

@@ -170,6 +170,7 @@ def test_tolerance_catches_small_faults(break_it):
     assert max(relative_rms(run(broken), expected)) > 1e-3
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("lanes", [8, pytest.param(16, marks=pytest.mark.slow)])
 def test_vectors_of_other_cpus_agree_too(monkeypatch, lanes):
     """Tiles of CPUs without AVX-512, and with it, in portable vectors and in a process of their own."""
