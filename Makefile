@@ -12,7 +12,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 # Only where the plain install cannot find PyTorch's CPU build: the address of PyTorch's CPU wheel index.
 TORCH_INDEX ?=
 
-.PHONY: help install demo test test-slow check format clean
+.PHONY: help install demo test test-fast test-slow check format lock clean
 
 help:            ## this list
 	@grep -hE '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -35,11 +35,14 @@ endif
 demo: install    ## convert, serve and measure a real 135M model (under 20 minutes on 2 cores)
 	$(BIN)/python examples/demo.py
 
-test: install    ## the tests, without the slow ones (9 minutes on 2 cores)
-	$(BIN)/python -m pytest -n $(TEST_PROCESSES) -m "not slow" --durations=15
+test: install    ## all tests but the slow ones, with a coverage figure (under 10 minutes on 2 cores)
+	$(BIN)/python -m pytest -n $(TEST_PROCESSES) -m "not slow" --cov --cov-report=term:skip-covered --durations=15
 
-test-slow: install ## the rest: torch.compile, the real model, the wheel
-	$(BIN)/python -m pytest -m slow --durations=15
+test-fast: install ## tests without vLLM engines and other processes (under 90 seconds on 2 cores)
+	$(BIN)/python -m pytest -n $(TEST_PROCESSES) -m "not engine and not process and not slow"
+
+test-slow: install ## the slow tests: torch.compile, the real model, servers, the wheel
+	$(BIN)/python -m pytest -n $(TEST_PROCESSES) -m slow --durations=15
 
 check: install   ## ruff, format and mypy; edits nothing
 	$(BIN)/ruff check .
@@ -49,6 +52,10 @@ check: install   ## ruff, format and mypy; edits nothing
 format: install  ## apply ruff's fixes and format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+lock: install    ## resolve requirements/*.txt again: every package with its hashes, no index address
+	$(BIN)/python -m pip install --quiet uv
+	$(BIN)/python requirements/lock.py
 
 clean:           ## remove what the demo wrote; .venv stays
 	rm -rf demo build dist
