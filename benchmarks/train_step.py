@@ -15,10 +15,11 @@ from pathlib import Path
 import torch
 from rich.console import Console
 from tomoe_training.config import RunConfig
+from tomoe_training.dtypes import has_fast_bfloat16
 from tomoe_training.method.losses import distillation_loss
 from tomoe_training.method.relaxation import NoiseSource
 from tomoe_training.method.student import Student
-from tomoe_training.runtime import has_fast_bfloat16, release_memory, tune_malloc
+from tomoe_training.process_setup import release_memory, tune_malloc
 from tomoe_training.trainer import make_optimizer
 from tomoe_training.warm_start.initialization import warm_start
 from transformers import AutoModelForCausalLM

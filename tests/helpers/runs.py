@@ -6,7 +6,7 @@ import pytest
 import tomoe_training.trainer
 import torch
 from safetensors.torch import load_file
-from tomoe_training.artifacts.files import ADAPTER_TENSORS
+from tomoe_training.artifacts.adapter import ADAPTER_TENSORS
 
 from tests.helpers.students import SETTINGS as METHOD_SETTINGS
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 from tomoe_training.artifacts.adapter import Adapter, AdapterConfig
-from tomoe_training.artifacts.files import fingerprint
+from tomoe_training.artifacts.safetensors_io import fingerprint
 from tomoe_training.config import MethodSettings
 from tomoe_training.method.student import Student
 from transformers import AutoModelForCausalLM
@@ -67,7 +67,7 @@ def save_untrained_adapter(out: Path, base: Path, **fields) -> Student:
 @torch.no_grad()
 def gated_logits(student: Student, input_ids: torch.Tensor) -> torch.Tensor:
     """Logits of the student as it would be exported: widths settled, no noise, gates on."""
-    student.settle_widths()
+    student.update_widths()
     student.set_gates(True)
-    student.begin()
+    student.make_masks()
     return student.base(input_ids, use_cache=False).logits

@@ -7,10 +7,10 @@ from tomoe_training.budget import (
     LayerLogits,
     LayerWorth,
     allocate_widths,
-    anchor,
     choose_units,
     expert_masks,
     round_width,
+    shift_to_widths,
     solve_widths,
     widths_at,
 )
@@ -186,7 +186,7 @@ def test_anchored_logits_give_the_trained_widths_back_however_levels_drifted(nam
     shape, multiples = SHAPES[name], {"width_multiple": 32, "head_dim_multiple": 8}
     widths = solve_widths(_logits(shape, vo_mode, seed=1), shape, 0.5, **multiples)
     drifted = _logits(shape, vo_mode, seed=2)  # other levels and spreads in every layer
-    anchored = [anchor(layer, shape, widths, i) for i, layer in enumerate(drifted)]
+    anchored = [shift_to_widths(layer, shape, widths, i) for i, layer in enumerate(drifted)]
     again = widths_at(anchored, shape, 0.0, **multiples)
     assert (again.experts, again.qk_dims, again.vo_dims) == (widths.experts, widths.qk_dims, widths.vo_dims)
     for i, (before, after) in enumerate(zip(drifted, anchored, strict=True)):

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tomoe_training.artifacts.export import TOMOE_SHARD, export_checkpoint
-from tomoe_training.artifacts.files import fingerprint, stored_tensors
+from tomoe_training.artifacts.safetensors_io import fingerprint, stored_tensors
 from tomoe_training.config import FinetuneConfig
 from tomoe_training.evaluation.perplexity import load_model
 from tomoe_training.finetune import block_linears, finetune, prepare, updates_of, write_weights

@@ -1,7 +1,8 @@
 """What the trainer refuses, in one clear line, and that nothing is lost by it."""
 
 import pytest
-from tomoe_training.artifacts.files import ADAPTER_CONFIG, ADAPTER_TENSORS
+import torch
+from tomoe_training.artifacts.adapter import ADAPTER_CONFIG, ADAPTER_TENSORS
 from tomoe_training.trainer import train
 
 from tests.helpers.dense_models import save_dense_model
@@ -13,9 +14,20 @@ def test_truncated_training_checkpoint_is_one_clear_error(size, config, tmp_path
     interrupt(config(), tmp_path / "out")
     file = tmp_path / "out" / "run" / "checkpoint.pt"
     file.write_bytes(file.read_bytes()[:size])
-    with pytest.raises(ValueError, match=r"checkpoint\.pt is damaged; remove it to start this run again"):
+    with pytest.raises(ValueError, match=r"checkpoint\.pt is damaged or .*; remove it to start this run again"):
         train(config(), tmp_path / "out")
     assert file.is_file()  # nothing is lost
+
+
+def test_training_checkpoint_of_an_older_version_is_refused_and_kept(config, tmp_path):
+    interrupt(config(), tmp_path / "out")
+    file = tmp_path / "out" / "run" / "checkpoint.pt"
+    state = torch.load(file, weights_only=True)
+    del state["version"]
+    torch.save(state, file)
+    with pytest.raises(ValueError, match=r"checkpoint\.pt has training state version 1, this tomoe resumes version 2"):
+        train(config(), tmp_path / "out")
+    assert file.is_file()
 
 
 def test_output_of_another_run_is_refused_and_kept(config, tmp_path):

@@ -4,10 +4,10 @@ import json
 
 import pytest
 import torch
-from tomoe_training.artifacts.adapter import Adapter
+from tomoe_training.artifacts.adapter import ADAPTER_CONFIG, ADAPTER_TENSORS, Adapter
 from tomoe_training.artifacts.export import export_checkpoint, plan_widths
-from tomoe_training.artifacts.files import ADAPTER_CONFIG, ADAPTER_TENSORS, fingerprint
 from tomoe_training.artifacts.inspection import inspect
+from tomoe_training.artifacts.safetensors_io import fingerprint
 from tomoe_training.config import load_run_config
 from tomoe_training.trainer import train
 from transformers import AutoConfig

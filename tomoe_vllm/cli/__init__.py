@@ -8,7 +8,7 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from typer.core import TyperCommand
@@ -61,7 +61,7 @@ def common(
     ] = False,
 ) -> None:
     """Set up the process before any command."""
-    from tomoe_training.runtime import prepare_process
+    from tomoe_training.process_setup import prepare_process
 
     prepare_process()
 
@@ -265,13 +265,7 @@ def eval_ppl(
     from tomoe_training.artifacts.model_card import record_perplexity
     from tomoe_training.evaluation.perplexity import evaluate_perplexity
 
-    score: Any = None
-    if backend == "vllm":
-        from tomoe_training.evaluation.vllm_perplexity import score_with_vllm as score
-    elif backend != "hf":
-        raise ValueError(f"backend is {backend!r}; it must be hf or vllm")
-    facts = evaluate_perplexity(model, text, block_size=block_size, max_blocks=max_blocks, dtype=dtype, score=score)
-    facts |= {"backend": backend}
+    facts = evaluate_perplexity(model, text, backend=backend, block_size=block_size, max_blocks=max_blocks, dtype=dtype)
     if record:
         record_perplexity(model, facts)
     _result(facts)
@@ -327,7 +321,7 @@ def eval_compare(
     config: Annotated[Path | None, typer.Option(help="Run YAML for what is trained.")] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", help="Any setting, key=value; may be repeated.")] = None,
 ) -> None:
-    """Perplexity of ToMoE beside its rivals: same model, data, tokens and budget."""
+    """Perplexity of ToMoE and of baseline methods: same model, data, tokens and budget."""
     from tomoe_training.evaluation.compare import compare, comparison_config
 
     sources = [*(data or []), *(more_data or [])] or None

@@ -99,7 +99,7 @@ class ToMoEConfigMixin(PreTrainedConfig):
     value_router_dim: int = 128
     """R, bottleneck of the value router (d_e in the paper)."""
     base_model_hash: str = ""
-    """Fingerprint of the dense tensors this was trained on (training/tomoe_training/artifacts/files.py)."""
+    """Fingerprint of the dense tensors this was trained on (training/tomoe_training/artifacts/safetensors_io.py)."""
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)

@@ -200,22 +200,22 @@ def allocate_widths(
     return Widths(**widths, shift=0.0)
 
 
-def anchor(layer: LayerLogits, shape: BlockShape, widths: Widths, i: int) -> LayerLogits:
+def shift_to_widths(layer: LayerLogits, shape: BlockShape, widths: Widths, i: int) -> LayerLogits:
     """Shift a layer's logits so that its widths in ``widths`` are what lies above the threshold.
 
     Each row moves by a constant, which changes no top-``width`` mask. Experts come out equally wide.
     """
     value = layer.value
     if value is not None:
-        value = _anchor_rows(value, round(len(value) * widths.vo_dims[i] / shape.head_dim))
+        value = _shift_rows(value, round(len(value) * widths.vo_dims[i] / shape.head_dim))
     return LayerLogits(
-        experts=_anchor_rows(layer.experts, widths.experts[i]),
-        query_key=_anchor_rows(layer.query_key, int(choose_units(layer.query_key, widths.qk_dims[i], shape).sum())),
+        experts=_shift_rows(layer.experts, widths.experts[i]),
+        query_key=_shift_rows(layer.query_key, int(choose_units(layer.query_key, widths.qk_dims[i], shape).sum())),
         value=value,
     )
 
 
-def _anchor_rows(logits: Tensor, width: int) -> Tensor:
+def _shift_rows(logits: Tensor, width: int) -> Tensor:
     """Shift each row so that ``width`` of its margins are positive. [..., F]."""
     ordered = logits.sort(dim=-1, descending=True).values
     last_kept = ordered[..., width - 1 : width]

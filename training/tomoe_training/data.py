@@ -20,6 +20,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from tomoe_training.seeds import Stream, generator
+
 PRESETS = {
     "wikitext": ("Salesforce/wikitext", "wikitext-103-raw-v1"),
     "alpaca": ("tatsu-lab/alpaca", None),
@@ -141,8 +143,8 @@ class InterleavedBlocks:
     def _order(self, source: int, epoch: int, length: int) -> list[int]:
         known = self._orders.get(source)
         if known is None or known[0] != epoch:
-            generator = torch.Generator().manual_seed((self.seed * 7919 + source) * 104_729 + epoch)
-            known = (epoch, torch.randperm(length, generator=generator).tolist())
+            random = generator(self.seed, Stream.DATA_ORDER, source, epoch)
+            known = (epoch, random.permutation(length).tolist())
             self._orders[source] = known
         return known[1]
 

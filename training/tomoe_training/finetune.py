@@ -27,24 +27,23 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoTokenizer, get_scheduler
 
-from tomoe_training.artifacts.files import (
-    StoredTensor,
-    fingerprint_of,
-    link_or_copy,
-    read_safetensors_header,
-    stored_tensors,
-    whole_folder,
-    write_tensors,
-)
+from tomoe_training.artifacts.atomic import atomic_folder, link_or_copy
 from tomoe_training.artifacts.inspection import inspect
 from tomoe_training.artifacts.model_card import fine_tuned_card
 from tomoe_training.artifacts.provenance import provenance
+from tomoe_training.artifacts.safetensors_io import (
+    StoredTensor,
+    fingerprint_of,
+    read_header,
+    stored_tensors,
+    write_tensors,
+)
 from tomoe_training.config import LEARNING_RATES, FinetuneConfig
 from tomoe_training.data import InterleavedBlocks, load_documents, pack
+from tomoe_training.dtypes import has_fast_bfloat16
 from tomoe_training.evaluation.perplexity import load_model
 from tomoe_training.method.losses import language_model_loss
 from tomoe_training.progress import TrainProgress
-from tomoe_training.runtime import has_fast_bfloat16
 
 WARMUP_SHARE = 0.03
 MAX_GRAD_NORM = 1.0
@@ -62,7 +61,7 @@ def finetune(checkpoint: Path, config: FinetuneConfig, out: Path) -> dict[str, A
     if inspect(checkpoint)["kind"] != "checkpoint":
         raise ValueError(f"{checkpoint} is an adapter; give the checkpoint that tomoe export wrote from it")
     tensors = stored_tensors(checkpoint)
-    with whole_folder(out) as folder:  # first: a folder that exists is refused before training, not after
+    with atomic_folder(out) as folder:  # first: a folder that exists is refused before training, not after
         tokenizer = AutoTokenizer.from_pretrained(checkpoint)
         sources = [load_documents(source, config.text_column) for source in config.data]
         packed = [pack(documents, tokenizer, config.sequence_length) for documents in sources]
@@ -215,7 +214,7 @@ def _write_other_files(checkpoint: Path, facts: dict, folder: Path) -> None:
 def _written(tensors: dict[str, StoredTensor], folder: Path) -> dict[str, StoredTensor]:
     """The tensors of ``folder``, which has no config.json yet."""
     files = {folder / tensor.file.name for tensor in tensors.values()}
-    return {name: tensor for file in files for name, tensor in read_safetensors_header(file).items()}
+    return {name: tensor for file in files for name, tensor in read_header(file).items()}
 
 
 def _dense(tensors: dict[str, StoredTensor]) -> dict[str, StoredTensor]:

@@ -25,23 +25,20 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from transformers import AutoModelForCausalLM, AutoTokenizer, get_scheduler
 
-from tomoe_training.artifacts.adapter import Adapter, AdapterConfig
+from tomoe_training.artifacts.adapter import ADAPTER_CONFIG, Adapter, AdapterConfig
+from tomoe_training.artifacts.atomic import write_json
 from tomoe_training.artifacts.export import check_base, load_base_config
-from tomoe_training.artifacts.files import (
-    ADAPTER_CONFIG,
-    fingerprint,
-    load_state,
-    save_state,
-    stored_tensors,
-    write_json_whole,
-)
 from tomoe_training.artifacts.provenance import provenance
+from tomoe_training.artifacts.safetensors_io import fingerprint, stored_tensors
+from tomoe_training.artifacts.training_state import load_state, save_state
+from tomoe_training.budget import Widths
 from tomoe_training.config import RunConfig
 from tomoe_training.data import InterleavedBlocks, load_documents, pack, sample_from_model
+from tomoe_training.dtypes import training_dtype
 from tomoe_training.method.relaxation import NoiseSource
 from tomoe_training.method.student import Student
+from tomoe_training.process_setup import hide_progress_bars, release_memory
 from tomoe_training.progress import TrainProgress
-from tomoe_training.runtime import hide_progress_bars, release_memory, training_dtype
 from tomoe_training.warm_start.initialization import warm_start
 from tomoe_vllm.hf.configuration_tomoe import base_model_type
 
@@ -169,7 +166,7 @@ class _Run:
                 (self.run_folder / SELF_TEXT).unlink(missing_ok=True)
             file.write_text(yaml.safe_dump(self.config.model_dump(), sort_keys=False))
             if not (self.run_folder / "provenance.json").exists():
-                write_json_whole(self.run_folder / "provenance.json", provenance())
+                write_json(self.run_folder / "provenance.json", provenance())
         self.accelerator.wait_for_everyone()
 
     def _checkpoint_layers(self) -> None:
@@ -266,8 +263,9 @@ class _Run:
             self.student.load_state_dict(state["student"])
             optimizer.load_state_dict(state["optimizer"])
             scheduler.load_state_dict(state["scheduler"])
-            self.student.widths, first_step, seconds = state["widths"], state["step"], state["seconds"]
-        self._settle_widths(first_step)
+            self.student.widths = Widths(**state["widths"]) if state["widths"] else None
+            first_step, seconds = state["step"], state["seconds"]
+        self._update_widths(first_step)
         model, optimizer = self.accelerator.prepare(self.student, optimizer)
         noise = NoiseSource.of(self.student, seed=config.seed)
         started = time.perf_counter() - seconds
@@ -275,7 +273,7 @@ class _Run:
         with TrainProgress(config.steps, first_step, is_on=self.is_main) as progress, self._writer() as writer:
             for step in range(first_step, config.steps):
                 if config.widths_every and step > first_step:
-                    self._settle_widths(step)
+                    self._update_widths(step)
                 terms = self._step(model, optimizer, noise, step)
                 scheduler.step()
                 done = step + 1
@@ -290,13 +288,13 @@ class _Run:
         elapsed = time.perf_counter() - started
         return self._finish(terms, elapsed, first_step)
 
-    def _settle_widths(self, step: int) -> None:
+    def _update_widths(self, step: int) -> None:
         """Where the budget is exact: widths from the start, and again every ``widths_every`` steps if not 0."""
         config = self.config
         if config.budget != "exact":
             return
         if self.student.widths is None or (config.widths_every and step % config.widths_every == 0):
-            self.student.settle_widths()
+            self.student.update_widths()
         if not config.widths_every:
             self.student.freeze_widths()
 
@@ -340,7 +338,7 @@ class _Run:
             "student": self.student.state_dict(),
             "optimizer": optimizer.state_dict(),
             "scheduler": scheduler.state_dict(),
-            "widths": self.student.widths,
+            "widths": dataclasses.asdict(self.student.widths) if self.student.widths else None,
         }
         save_state(state, self.run_folder / CHECKPOINT)
 
@@ -377,7 +375,7 @@ class _Run:
 
     def _finish(self, terms: dict[str, float], seconds: float, first_step: int) -> dict[str, Any]:
         config = self.config
-        widths = self.student.settle_widths()
+        widths = self.student.update_widths()
         tokens = config.steps * config.batch_size * config.sequence_length
         result = {
             "steps": config.steps,

@@ -134,7 +134,7 @@ def admitted_source(
 
 def cost_of(facts: dict[str, Any], parameter_bytes: float, kv_value_bytes: int) -> Cost:
     """Cost of a token, from the facts of ``tomoe inspect`` and the sizes of the values that the engine stores."""
-    layouts = facts["really_read_per_token"]
+    layouts = facts["read_parameters_per_token"]
     head = layouts["shared"]["lm_head_parameters"]
     active_matrices = facts["active_block_parameters"] + facts["router_parameters"] + head
     parts = ("attention_parameters", "mlp_parameters", "router_parameters", "lm_head_parameters")

@@ -5,8 +5,7 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tomoe_training.artifacts.adapter import Adapter
-from tomoe_training.artifacts.files import ADAPTER_CONFIG, ADAPTER_TENSORS
+from tomoe_training.artifacts.adapter import ADAPTER_CONFIG, ADAPTER_TENSORS, Adapter
 
 from tests.helpers.students import adapter_of, random_student
 

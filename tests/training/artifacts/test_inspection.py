@@ -66,7 +66,7 @@ def test_really_read_parameters_are_those_of_the_cut_tensors(checkpoint):
         ("masked", mlp, mlp),
         ("fused", expert, num_experts * expert),
     ):
-        assert facts["really_read_per_token"][layout] == {
+        assert facts["read_parameters_per_token"][layout] == {
             "attention_parameters": pytest.approx(attention),
             "mlp_parameters": pytest.approx(read),
             "router_parameters": routers,

@@ -24,7 +24,7 @@ from tests.helpers.students import adapter_of, random_student
 )
 def test_card_states_budget_data_and_base(training, dense_folder):
     student = random_student(dense_folder())
-    widths = student.settle_widths()
+    widths = student.update_widths()
     config = adapter_of(student, dense_folder()).config
     config.training = training
     card = model_card(config, widths, student.shape)

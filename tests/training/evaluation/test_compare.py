@@ -97,7 +97,7 @@ def test_tomoe_row_is_that_of_the_exported_adapter(vo_mode, config, dense_folder
     assert row["note"] == "trained on none"  # not on this comparison's data
 
 
-def test_rivals_train_as_the_adapter_was_trained(adapter_folder, dense_folder, tmp_path):
+def test_baselines_train_with_the_settings_of_the_adapter(adapter_folder, dense_folder, tmp_path):
     adapter = Adapter.load(adapter_folder())
     adapter.config.training = {"config": {"steps": 7, "batch_size": 3, "learning_rate": 0.5, "gone_setting": 1}}
     adapter.save(tmp_path / "adapter")
@@ -186,14 +186,14 @@ def test_existing_table_is_kept(run_cli, arguments, tmp_path):
 
 
 def test_a_method_over_its_budget_stops_the_comparison(config, text_file, monkeypatch):
-    wide = METHODS["magnitude"]
+    magnitude = METHODS["magnitude"]
 
-    def greedy(contest):
-        gates = wide(contest)
+    def over_budget(setup):
+        gates = magnitude(setup)
         gates.widths.experts[0] += 32
         return gates
 
-    monkeypatch.setitem(METHODS, "magnitude", greedy)
+    monkeypatch.setitem(METHODS, "magnitude", over_budget)
     with pytest.raises(AssertionError, match="magnitude"):
         compare(config(active_ratio=0.6), text_file, methods=["magnitude"], **BLOCKS)
     assert torch.is_grad_enabled()

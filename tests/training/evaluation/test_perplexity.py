@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from tomoe_training.artifacts.export import export_checkpoint
-from tomoe_training.evaluation.perplexity import evaluate_perplexity, text_blocks
+from tomoe_training.evaluation.perplexity import BACKENDS, evaluate_perplexity, text_blocks
 
 from tests.helpers.dense_models import BOS, dense_model, word_tokenizer
 
@@ -51,7 +51,8 @@ def test_zero_blocks_means_all_of_them():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"dtype": "int8"}, "dtype is 'int8'; it must be float32, bfloat16 or float16"),
+        ({"dtype": "int8"}, "dtype is 'int8'; it must be one of float32, bfloat16, float16"),
+        ({"backend": "onnx"}, "backend is 'onnx'; it must be one of hf, vllm"),
         ({"block_size": 1}, "block_size is 1; it must be at least 2"),
         ({"block_size": 100_000}, "the text has 6001 tokens, less than one block of 100000; lower --block-size"),
     ],
@@ -62,15 +63,18 @@ def test_misuse_is_an_error(fields, message, dense_folder, text_file):
         evaluate_perplexity(dense_folder(), text_file, **options)
 
 
-def test_another_scorer_sees_the_same_blocks(dense_folder, text_file):
+def test_backend_scores_the_same_blocks(dense_folder, text_file, monkeypatch):
     seen = []
 
     def score(folder, blocks, dtype):
         seen.append((folder, blocks.tolist(), dtype))
         return [63 * math.log(7.0)] * len(blocks)
 
-    options = {"block_size": 64, "max_blocks": 2, "dtype": "bfloat16", "score": score}
-    assert evaluate_perplexity(dense_folder(), text_file, **options)["ppl"] == pytest.approx(7.0)
+    monkeypatch.setitem(BACKENDS, "vllm", score)
+    options = {"block_size": 64, "max_blocks": 2, "dtype": "bfloat16", "backend": "vllm"}
+    facts = evaluate_perplexity(dense_folder(), text_file, **options)
+    assert facts["ppl"] == pytest.approx(7.0)
+    assert facts["backend"] == "vllm"
     tokens = _tokens(text_file.read_text())
     assert seen == [(dense_folder(), [tokens[:64], tokens[64:128]], "bfloat16")]
 

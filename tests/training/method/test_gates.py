@@ -62,7 +62,7 @@ def test_settled_query_key_mask_has_exactly_the_width_in_whole_pairs(family, has
     gate = _head_gate(family)
     embedding = torch.randn(4, 16)
     noise = LayerNoise(query_key=torch.randn(gate.shape.num_units)) if has_noise else NOISE_FREE
-    gate.begin(embedding, noise, _widths(qk=8))
+    gate.make_masks(embedding, noise, _widths(qk=8))
     mask, half = gate.query_key_mask().tolist(), gate.shape.rotary_dim // 2
     assert sum(mask) == 8
     assert gate.qk_width.item() == 8
@@ -73,14 +73,14 @@ def test_settled_query_key_mask_has_exactly_the_width_in_whole_pairs(family, has
 @pytest.mark.parametrize("widths", [None, _widths()])
 def test_query_key_mask_gives_every_unit_a_gradient(family, widths):
     gate = _head_gate(family)
-    gate.begin(torch.randn(4, 16), NOISE_FREE, widths)
+    gate.make_masks(torch.randn(4, 16), NOISE_FREE, widths)
     gate.query_key_mask().sum().backward()
     assert (gate.query_key_offset.grad > 0).all()
 
 
 def test_value_mask_is_per_token_and_exactly_k_wide():
     gate = _head_gate()
-    gate.begin(torch.randn(4, 16), NOISE_FREE, _widths(vo=6))
+    gate.make_masks(torch.randn(4, 16), NOISE_FREE, _widths(vo=6))
     mask = gate.value_mask(torch.randn(2, 5, 64))
     assert mask.shape == (2, 5, 16)
     assert (mask.sum(-1) == 6).all()
@@ -90,21 +90,21 @@ def test_value_mask_is_per_token_and_exactly_k_wide():
 
 def test_static_value_mask_is_one_for_all_tokens():
     gate = _head_gate(vo_mode="static")
-    gate.begin(torch.randn(4, 16), NOISE_FREE, _widths(vo=6))
+    gate.make_masks(torch.randn(4, 16), NOISE_FREE, _widths(vo=6))
     assert gate.value_mask(torch.randn(2, 5, 64)).shape == (16,)
     assert gate.value_mask(None).sum().item() == gate.vo_width.item() == 6
 
 
 def test_no_value_pruning_keeps_every_dim():
     gate = _head_gate(vo_mode="none")
-    gate.begin(torch.randn(4, 16), NOISE_FREE, _widths(vo=16))
+    gate.make_masks(torch.randn(4, 16), NOISE_FREE, _widths(vo=16))
     assert gate.value_mask(torch.randn(2, 5, 64)) is None
     assert gate.vo_width.item() == 16
 
 
 def test_each_token_gets_the_mask_of_its_argmax_expert():
     gate = _expert_gate()
-    gate.begin(torch.randn(4, 16), NOISE_FREE, None)
+    gate.make_masks(torch.randn(4, 16), NOISE_FREE, None)
     hidden = torch.randn(2, 5, 64)
     mask = gate.neuron_mask(hidden)
     for b in range(2):
@@ -117,16 +117,16 @@ def test_each_token_gets_the_mask_of_its_argmax_expert():
 
 def test_every_expert_is_exactly_as_wide_as_settled():
     gate = _expert_gate()
-    gate.begin(torch.randn(4, 16), NOISE_FREE, _widths(experts=40))
+    gate.make_masks(torch.randn(4, 16), NOISE_FREE, _widths(experts=40))
     assert gate.masks.sum(-1).tolist() == [40.0] * 4
 
 
 def test_union_is_measured_without_noise():
     gate = _expert_gate()
     embedding = torch.randn(4, 16)
-    gate.begin(embedding, NOISE_FREE, None)
+    gate.make_masks(embedding, NOISE_FREE, None)
     clean = gate.masks
-    gate.begin(embedding, LayerNoise(experts=5 * torch.randn(4, 96)), None)
+    gate.make_masks(embedding, LayerNoise(experts=5 * torch.randn(4, 96)), None)
     assert not torch.equal(gate.masks, clean)
     assert torch.equal(gate.clean_masks, clean)
 
@@ -138,7 +138,7 @@ def test_step_masks_neurons_as_the_method_reads(router_noise):
     embedding, trained = torch.randn(4, 16), [neurons, *gate.parameters()]
     results = []
     for is_step in (True, False):
-        gate.begin(embedding, LayerNoise(router=router_noise), _widths(experts=40))
+        gate.make_masks(embedding, LayerNoise(router=router_noise), _widths(experts=40))
         if is_step:
             gate._read(None, (hidden,))
             (out,) = gate._mask_neurons(None, (neurons,))
@@ -153,7 +153,7 @@ def test_step_masks_neurons_as_the_method_reads(router_noise):
 
 def test_experts_that_keep_every_neuron_mask_nothing():
     gate, neurons = _expert_gate(), torch.randn(2, 5, 96)
-    gate.begin(torch.randn(4, 16), NOISE_FREE, _widths(experts=96))
+    gate.make_masks(torch.randn(4, 16), NOISE_FREE, _widths(experts=96))
     gate._read(None, (torch.randn(2, 5, 64),))
     assert gate._mask_neurons(None, (neurons,)) is None
     assert gate.fractions.sum().item() == pytest.approx(1)
@@ -161,6 +161,6 @@ def test_experts_that_keep_every_neuron_mask_nothing():
 
 def test_union_of_settled_widths_is_measured_at_these_widths():
     gate = _expert_gate()
-    gate.begin(torch.randn(4, 16), LayerNoise(experts=5 * torch.randn(4, 96)), _widths(experts=40))
+    gate.make_masks(torch.randn(4, 16), LayerNoise(experts=5 * torch.randn(4, 96)), _widths(experts=40))
     assert gate.clean_masks.sum(-1).tolist() == [40.0] * 4
     assert not torch.equal(gate.clean_masks, gate.masks)

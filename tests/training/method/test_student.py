@@ -89,7 +89,7 @@ def test_loss_is_the_weighted_sum_of_its_terms(dense_folder):
 
 def test_exact_budget_has_no_parameter_penalty(dense_folder):
     student = random_student(dense_folder(), alpha=7.0, beta=3.0, gamma=2.0)
-    student.settle_widths()
+    student.update_widths()
     out = {name: value.item() for name, value in student(_ids()).items()}
     assert out["loss"] == pytest.approx(out["task"] + 3 * out["r_u"] + 2 * out["r_l"], rel=1e-5)
     assert out["active_ratio"] == pytest.approx(student.widths.active_ratio(student.shape), rel=1e-6)
@@ -98,7 +98,7 @@ def test_exact_budget_has_no_parameter_penalty(dense_folder):
 
 def test_distillation_of_everything_kept_is_zero(dense_folder):
     student = random_student(dense_folder(), active_ratio=1.0)
-    student.settle_widths()
+    student.update_widths()
     assert student(_ids())["task"].item() == pytest.approx(0, abs=1e-5)
 
 

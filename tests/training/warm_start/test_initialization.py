@@ -22,7 +22,7 @@ def _batches():
 def _task_loss(student, batches):
     with torch.no_grad():
         student.calibrate(torch.cat(batches[:4]))
-        student.settle_widths()
+        student.update_widths()
         return student(torch.cat(batches[4:]))["task"].item()
 
 

@@ -15,10 +15,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from tomoe_training.artifacts.files import ADAPTER_CONFIG, ADAPTER_TENSORS, write_json_whole, write_tensors
+from tomoe_training.artifacts.atomic import write_json
+from tomoe_training.artifacts.safetensors_io import write_tensors
 from tomoe_training.budget import LayerLogits
 from tomoe_vllm.hf.configuration_tomoe import FAMILIES
 
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_TENSORS = "adapter.safetensors"
 FORMAT_VERSION = 1
 
 
@@ -81,7 +84,7 @@ class Adapter:
         temporary = folder / f"{ADAPTER_TENSORS}.tmp-{os.getpid()}"
         write_tensors(tensors, temporary)
         temporary.replace(folder / ADAPTER_TENSORS)
-        write_json_whole(folder / ADAPTER_CONFIG, asdict(self.config))
+        write_json(folder / ADAPTER_CONFIG, asdict(self.config))
 
     @classmethod
     def load(cls, folder: Path) -> "Adapter":

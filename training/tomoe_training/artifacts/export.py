@@ -15,16 +15,10 @@ from torch import Tensor
 from transformers import AutoConfig
 
 from tomoe_training.artifacts.adapter import Adapter, LayerAdapter
-from tomoe_training.artifacts.files import (
-    INDEX_NAME,
-    fingerprint,
-    link_or_copy,
-    stored_tensors,
-    whole_folder,
-    write_tensors,
-)
+from tomoe_training.artifacts.atomic import atomic_folder, link_or_copy
 from tomoe_training.artifacts.model_card import model_card
 from tomoe_training.artifacts.provenance import provenance
+from tomoe_training.artifacts.safetensors_io import INDEX_NAME, fingerprint, stored_tensors, write_tensors
 from tomoe_training.budget import Widths, choose_units, expert_masks, solve_widths
 from tomoe_vllm.hf.configuration_tomoe import CONFIG_CLASSES, base_model_type, block_shape
 from tomoe_vllm.hf.tomoe_math import BlockShape, head_units, pack_signature, top_mask
@@ -124,7 +118,7 @@ def export_checkpoint(
     check_base(adapter, base)
     widths = plan_widths(adapter, shape, active_ratio, width_multiple, head_dim_multiple)
     dense = stored_tensors(base)
-    with whole_folder(out) as folder:
+    with atomic_folder(out) as folder:
         weight_map = {name: _dense_name(tensor.file) for name, tensor in dense.items()}
         for file in sorted({tensor.file for tensor in dense.values()}):
             link_or_copy(file, folder / _dense_name(file))
@@ -133,7 +127,7 @@ def export_checkpoint(
             tensors |= tomoe_tensors(layer, i, widths, shape)
         write_tensors(tensors, folder / TOMOE_SHARD)
         weight_map |= dict.fromkeys(tensors, TOMOE_SHARD)
-        num_bytes = sum(t.end - t.start for t in dense.values()) + sum(t.nbytes for t in tensors.values())
+        num_bytes = sum(t.num_bytes for t in dense.values()) + sum(t.nbytes for t in tensors.values())
         index = {"metadata": {"total_size": num_bytes}, "weight_map": dict(sorted(weight_map.items()))}
         (folder / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n")
         _write_config(config, adapter, widths, active_ratio, folder)

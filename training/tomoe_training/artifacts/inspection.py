@@ -5,9 +5,9 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig
 
-from tomoe_training.artifacts.adapter import Adapter
+from tomoe_training.artifacts.adapter import ADAPTER_CONFIG, ADAPTER_TENSORS, Adapter
 from tomoe_training.artifacts.export import TOMOE_SHARD
-from tomoe_training.artifacts.files import ADAPTER_CONFIG, StoredTensor, read_safetensors_header, stored_tensors
+from tomoe_training.artifacts.safetensors_io import StoredTensor, read_header, stored_tensors
 from tomoe_vllm.hf.configuration_tomoe import block_shape
 from tomoe_vllm.hf.modeling_tomoe import MODEL_CLASSES
 from tomoe_vllm.hf.register import register_configs
@@ -29,7 +29,7 @@ def inspect(folder: Path) -> dict:
 def _inspect_adapter(folder: Path) -> dict:
     adapter = Adapter.load(folder)
     config = adapter.config
-    tensors = read_safetensors_header(folder / "adapter.safetensors")
+    tensors = read_header(folder / ADAPTER_TENSORS)
     return {
         "kind": "adapter",
         "base_model": config.base_model_name,
@@ -41,7 +41,7 @@ def _inspect_adapter(folder: Path) -> dict:
         "active_ratio_target": config.active_ratio,
         "steps": config.training.get("steps"),
         "tokens": config.training.get("tokens"),
-        "bytes": sum(tensor.end - tensor.start for tensor in tensors.values()),
+        "bytes": sum(tensor.num_bytes for tensor in tensors.values()),
     }
 
 
@@ -72,17 +72,17 @@ def _inspect_checkpoint(folder: Path) -> dict:
         "embedding_and_head_parameters": outside,
         "active_parameters": active + routers * config.num_hidden_layers + outside,
         "total_parameters": total + outside,
-        "really_read_per_token": _really_read(config, shape),
+        "read_parameters_per_token": _read_parameters_per_token(config, shape),
         "kv_bytes_per_token": _kv_bytes(config),
         "expert_intermediate_sizes": config.expert_intermediate_sizes,
         "qk_head_dims": config.qk_head_dims,
         "vo_head_dims": config.vo_head_dims,
-        "tomoe_bytes": sum(t.end - t.start for t in tensors.values() if t.file.name == TOMOE_SHARD),
-        "total_bytes": sum(t.end - t.start for t in tensors.values()),
+        "tomoe_bytes": sum(t.num_bytes for t in tensors.values() if t.file.name == TOMOE_SHARD),
+        "total_bytes": sum(t.num_bytes for t in tensors.values()),
     }
 
 
-def _really_read(config, shape: BlockShape) -> dict[str, dict[str, int]]:
+def _read_parameters_per_token(config, shape: BlockShape) -> dict[str, dict[str, int]]:
     """Parameters that one token makes the server read, FLOPs, and what is resident, by layout of the experts.
 
     For weights neither quantized nor under LoRA: those keep whole heads, and the masked layout.

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from tomoe_training.artifacts.files import write_text_whole
+from tomoe_training.artifacts.atomic import write_text
 from tomoe_vllm.hf.tomoe_math import BlockShape
 
 
@@ -78,7 +78,7 @@ def record_perplexity(folder: Path, facts: dict) -> None:
     rows, separator, rest = after.partition("\n\n")
     kept = [row for row in rows.splitlines() if not row.startswith(key)]
     table = "\n".join([*kept, f"{key} {facts['ppl']:.2f} |"])
-    write_text_whole(card, before + PERPLEXITY + table + (separator + rest if rest else "\n"))
+    write_text(card, before + PERPLEXITY + table + (separator + rest if rest else "\n"))
 
 
 def fine_tuned_card(card: str, finetuning: dict) -> str:

@@ -1,8 +1,8 @@
-"""``tomoe eval compare``: ToMoE and its rivals on one model, text and budget, in one table.
+"""``tomoe eval compare``: ToMoE and baseline methods on one model, text and budget, in one table.
 
-Every method becomes gates on the same frozen float32 model (training/rivals), and is measured by the
-protocol of evaluate.py. Budgets are checked, not trusted: a method over p is an error of ours. What
-cannot work within p (an MLP-only method where attention alone uses more) gets a row that says so.
+Every method produces gates on the same frozen float32 model (baselines/) and is measured by the protocol of
+perplexity.py. The active ratio of each method is checked: one above the budget is a bug. A method that cannot
+fit the budget (an MLP-only method where attention alone exceeds it) gets a row with the reason.
 """
 
 import contextlib
@@ -17,15 +17,15 @@ from rich.console import Console
 from transformers import AutoTokenizer
 
 from tomoe_training.artifacts.adapter import Adapter
+from tomoe_training.artifacts.atomic import write_json
 from tomoe_training.artifacts.export import check_base, load_base_config
-from tomoe_training.artifacts.files import write_json_whole
 from tomoe_training.artifacts.provenance import provenance
 from tomoe_training.config import RunConfig, load_run_config
 from tomoe_training.data import InterleavedBlocks, load_documents, pack
 from tomoe_training.evaluation.baselines.cmoe import cmoe
 from tomoe_training.evaluation.baselines.magnitude import magnitude, magnitude_mlp
 from tomoe_training.evaluation.baselines.random_experts import random_experts
-from tomoe_training.evaluation.baselines.setup import Contest, MethodGates
+from tomoe_training.evaluation.baselines.setup import BaselineSetup, MethodGates
 from tomoe_training.evaluation.baselines.static_mask import static_mask
 from tomoe_training.evaluation.baselines.trained_adapter import tomoe
 from tomoe_training.evaluation.baselines.wanda import wanda, wanda_mlp
@@ -40,7 +40,7 @@ from tomoe_training.evaluation.perplexity import (
 from tomoe_training.tables import print_table
 from tomoe_vllm.settings import check_name
 
-METHODS: dict[str, Callable[[Contest], MethodGates]] = {
+METHODS: dict[str, Callable[[BaselineSetup], MethodGates]] = {
     "tomoe": tomoe,
     "magnitude": magnitude,
     "magnitude_mlp": magnitude_mlp,
@@ -50,7 +50,7 @@ METHODS: dict[str, Callable[[Contest], MethodGates]] = {
     "random_experts": random_experts,
     "cmoe": cmoe,
 }
-"""All methods, in the table's order."""
+"""All methods, in the order of the table."""
 
 
 def comparison_config(
@@ -81,10 +81,10 @@ def compare(
     work: Path | None = None,
     out: Path | None = None,
 ) -> dict[str, Any]:
-    """Make and measure every method. Returns the JSON-ready table, and writes it to ``out``.
+    """Run and measure all methods. Returns the JSON-ready table, and writes it to ``out``.
 
-    ``work`` keeps what is trained, and a comparison killed in the middle of a training resumes it there.
-    Raises ``ValueError`` for bad input, before anything is computed.
+    ``work`` keeps trained adapters and routers; a comparison that was killed resumes there.
+    Raises ``ValueError`` for bad input before anything is computed.
     """
     chosen = _chosen_methods(methods)
     base_folder = Path(config.base)
@@ -117,10 +117,10 @@ def compare(
     report(f"dense: perplexity {dense:.2f}")
     with contextlib.ExitStack() as stack:
         folder = work or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="tomoe-compare-")))
-        contest = Contest(base=base, config=config, blocks=blocks, work=folder, adapter=adapter, report=report)
+        setup = BaselineSetup(base=base, config=config, blocks=blocks, work=folder, adapter=adapter, report=report)
         for name in chosen:
             report(f"{name} ...")
-            rows.append(_measure(name, contest, perplexity))
+            rows.append(_measure(name, setup, perplexity))
     table = {
         "base": base_folder.name,
         "text": text.name,
@@ -135,7 +135,7 @@ def compare(
     if out is not None:
         settings = {k: v for k, v in config.model_dump().items() if k not in ("architecture", "notes")}
         out.parent.mkdir(parents=True, exist_ok=True)
-        write_json_whole(out, table | {"config": settings, "provenance": provenance()})
+        write_json(out, table | {"config": settings, "provenance": provenance()})
     return table
 
 
@@ -145,22 +145,22 @@ def _chosen_methods(names: list[str] | None) -> list[str]:
     return [name for name in METHODS if not names or name in names]
 
 
-def _measure(name: str, contest: Contest, perplexity: Callable[[], float]) -> dict[str, Any]:
+def _measure(name: str, setup: BaselineSetup, perplexity: Callable[[], float]) -> dict[str, Any]:
     started = time.perf_counter()
     try:
-        gates = METHODS[name](contest)
+        gates = METHODS[name](setup)
     except OutOfBudgetError as error:
-        contest.report(f"{name}: {error}")
+        setup.report(f"{name}: {error}")
         return _row(name, None, None, 0, 0.0, str(error))
     seconds = time.perf_counter() - started if gates.seconds is None else gates.seconds
-    ratio = gates.widths.active_ratio(contest.shape)
-    assert ratio <= contest.config.active_ratio, (name, ratio)
-    gates.attach(contest.base)
+    ratio = gates.widths.active_ratio(setup.shape)
+    assert ratio <= setup.config.active_ratio, (name, ratio)
+    gates.attach(setup.base)
     gates.set_on(True)
     ppl = perplexity()
     gates.set_on(False)
     note = f" ({gates.note})" if gates.note else ""
-    contest.report(f"{name}: perplexity {ppl:.2f} at {ratio:.4f} active{note}")
+    setup.report(f"{name}: perplexity {ppl:.2f} at {ratio:.4f} active{note}")
     return _row(name, ppl, ratio, gates.tokens, seconds, gates.note)
 
 

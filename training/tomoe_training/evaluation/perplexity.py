@@ -1,13 +1,14 @@
-"""Perplexity by one fixed protocol.
+"""``tomoe eval ppl``: perplexity of a model folder on a text file, by one fixed protocol.
 
-The whole text is tokenised once, with the special tokens the tokenizer adds by default; it is cut into
-non-overlapping blocks of ``block_size`` tokens, the incomplete last one dropped; each block starts
+The whole text is tokenized once, with the special tokens the tokenizer adds by default. It is cut into
+non-overlapping blocks of ``block_size`` tokens; an incomplete last block is dropped. Each block starts
 without context, and its first token is not scored. Perplexity = exp(mean negative log-likelihood per
-scored token), token level, summed in float64.
+scored token), token level, summed in float64. All backends score the same blocks.
 """
 
 import math
-from collections.abc import Callable, Iterator
+import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -15,12 +16,45 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tomoe_training.runtime import hide_progress_bars
+from tomoe_training.process_setup import hide_progress_bars
 from tomoe_vllm.hf.register import register_with_transformers
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def evaluate_perplexity(
+    folder: Path, text: Path, *, backend: str = "hf", block_size: int, max_blocks: int | None, dtype: str
+) -> dict:
+    """Perplexity of a dense model or a checkpoint on a text file, JSON-ready.
+
+    ``backend`` is ``hf`` (the reference model) or ``vllm``. Raises ``FileNotFoundError`` and ``ValueError``
+    for bad input, before the model is loaded.
+    """
+    content = read_text(text)
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"{folder} is not a model folder: it has no config.json")
+    for option, value, allowed in (("backend", backend, BACKENDS), ("dtype", dtype, DTYPES)):
+        if value not in allowed:
+            raise ValueError(f"{option} is {value!r}; it must be one of {', '.join(allowed)}")
+    if block_size < 2:
+        raise ValueError(f"block_size is {block_size}; it must be at least 2")
+    register_with_transformers()  # otherwise transformers would ask whether to trust the checkpoint's own code
+    blocks = text_blocks(AutoTokenizer.from_pretrained(folder), content, block_size, max_blocks)
+    nlls = BACKENDS[backend](folder, blocks, dtype)
+    return {
+        "ppl": perplexity_from(nlls, blocks),
+        "model": str(folder),
+        "text": text.name,
+        "block_size": block_size,
+        "blocks": len(blocks),
+        "scored_tokens": len(blocks) * (block_size - 1),
+        "dtype": dtype,
+        "backend": backend,
+    }
 
 
 def read_text(file: Path) -> str:
-    """A plain text file. Raises ``FileNotFoundError``, or ``ValueError`` if it is not UTF-8, with its name."""
+    """Content of a plain text file. Raises ``FileNotFoundError``, or ``ValueError`` if it is not UTF-8."""
     if not file.is_file():
         raise FileNotFoundError(f"no such text file: {file}")
     try:
@@ -42,6 +76,19 @@ def text_blocks(tokenizer, text: str, block_size: int, max_blocks: int | None) -
     return blocks[:max_blocks] if max_blocks else blocks
 
 
+def perplexity_from(nlls: list[float], blocks: Tensor) -> float:
+    """exp(mean negative log-likelihood) over the scored tokens of the blocks."""
+    return math.exp(math.fsum(nlls) / (len(nlls) * (blocks.shape[1] - 1)))
+
+
+# ------------------------------------------------------------------------------------------- backends
+def load_model(folder: Path, dtype: torch.dtype = torch.float32):
+    """A dense or ToMoE checkpoint as a Hugging Face model in eval mode."""
+    register_with_transformers()
+    hide_progress_bars()
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+
+
 @torch.inference_mode()
 def negative_log_likelihoods(model, blocks: Tensor) -> Iterator[float]:
     """Summed negative log-likelihood of each block under a Hugging Face causal LM, in nats."""
@@ -51,53 +98,27 @@ def negative_log_likelihoods(model, blocks: Tensor) -> Iterator[float]:
         yield F.cross_entropy(logits.float(), ids[0, 1:], reduction="sum").item()
 
 
-def perplexity_from(nlls: list[float], blocks: Tensor) -> float:
-    """exp(mean negative log-likelihood) over the scored tokens of the blocks."""
-    return math.exp(math.fsum(nlls) / (len(nlls) * (blocks.shape[1] - 1)))
-
-
-def load_model(folder: Path, dtype: torch.dtype = torch.float32):
-    """A dense or ToMoE checkpoint as a Hugging Face model in eval mode."""
-    register_with_transformers()
-    hide_progress_bars()
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
-
-
-def evaluate_perplexity(
-    folder: Path,
-    text: Path,
-    *,
-    block_size: int,
-    max_blocks: int | None,
-    dtype: str,
-    score: Callable[[Path, Tensor, str], list[float]] | None = None,
-) -> dict:
-    """``tomoe eval ppl``: perplexity of a model folder on a text file, JSON-ready.
-
-    ``score`` maps (folder, blocks, dtype) to the summed negative log-likelihood of each block; None runs
-    the Hugging Face model. Every scorer sees the same blocks.
-    """
-    content = read_text(text)
-    if not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"{folder} is not a model folder: it has no config.json")
-    if dtype not in ("float32", "bfloat16", "float16"):
-        raise ValueError(f"dtype is {dtype!r}; it must be float32, bfloat16 or float16")
-    if block_size < 2:
-        raise ValueError(f"block_size is {block_size}; it must be at least 2")
-    register_with_transformers()  # or transformers would ask whether to run the checkpoint's own code
-    blocks = text_blocks(AutoTokenizer.from_pretrained(folder), content, block_size, max_blocks)
-    nlls = (score or score_with_transformers)(folder, blocks, dtype)
-    return {
-        "ppl": perplexity_from(nlls, blocks),
-        "model": str(folder),
-        "text": text.name,
-        "block_size": block_size,
-        "blocks": len(blocks),
-        "scored_tokens": len(blocks) * (block_size - 1),
-        "dtype": dtype,
-    }
-
-
 def score_with_transformers(folder: Path, blocks: Tensor, dtype: str) -> list[float]:
-    """Block scores of the Hugging Face (reference) model."""
+    """Summed negative log-likelihood of each block [num_blocks, block_size] under the reference model, in nats."""
     return list(negative_log_likelihoods(load_model(folder, getattr(torch, dtype)), blocks))
+
+
+def score_with_vllm(folder: Path, blocks: Tensor, dtype: str) -> list[float]:
+    """Summed negative log-likelihood of each block [num_blocks, block_size] under vLLM, in nats."""
+    from vllm import LLM, SamplingParams  # tomoe_training works where vLLM is not installed
+
+    # By default vLLM reserves nearly all memory of a CPU for its KV cache; this is enough for a few blocks.
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "4")
+    llm = LLM(str(folder), dtype=dtype, enforce_eager=True, max_model_len=blocks.shape[1] + 1, trust_remote_code=True)
+    params = SamplingParams(max_tokens=1, prompt_logprobs=0)
+    outputs = llm.generate([{"prompt_token_ids": block.tolist()} for block in blocks], params, use_tqdm=False)
+    scores = []
+    for output in outputs:
+        ids = output.prompt_token_ids
+        # Position 0 has no logprob: nothing precedes it.
+        logprobs = zip(ids[1:], output.prompt_logprobs[1:], strict=True)
+        scores.append(-math.fsum(entry[token].logprob for token, entry in logprobs))
+    return scores
+
+
+BACKENDS = {"hf": score_with_transformers, "vllm": score_with_vllm}

@@ -67,7 +67,7 @@ class TrainedHeadGate(HeadGate):
             self.value_offset = nn.Parameter(torch.zeros(shape.head_dim))
         self.keeps_query_key, self.keeps_value = False, vo_mode == "none"
 
-    def freeze(self, widths: Widths) -> None:
+    def freeze_widths(self, widths: Widths) -> None:
         """The widths will stay: what is kept whole needs no mask from now on, and is not trained."""
         self.keeps_query_key = widths.qk_dims[self.layer_idx] == self.shape.head_dim
         self.keeps_value = self.vo_mode == "none" or widths.vo_dims[self.layer_idx] == self.shape.head_dim
@@ -87,7 +87,7 @@ class TrainedHeadGate(HeadGate):
         value = self.value_up(hidden) + self.value_offset if self.vo_mode == "static" else None
         return query_key, value
 
-    def begin(self, embedding: Tensor, noise: LayerNoise, widths: Widths | None) -> None:
+    def make_masks(self, embedding: Tensor, noise: LayerNoise, widths: Widths | None) -> None:
         """Make this step's masks from embeddings [N, R]. With ``widths``, exactly that wide."""
         self._mean, self._noise, self._widths = self.mean_embedding(embedding), noise, widths
         self.qk_width = self.vo_width = self._mean.new_tensor(float(len(self.units)))
@@ -96,7 +96,7 @@ class TrainedHeadGate(HeadGate):
             return
         query_key, value = self.static_logits(self._mean)
         if not self.keeps_query_key:
-            self._begin_query_key(query_key, noise, widths)
+            self._make_query_key_mask(query_key, noise, widths)
         if value is not None and not self.keeps_value:
             if widths is None:
                 self._static_value_mask = sample_mask(value, None, self.tau)
@@ -104,7 +104,7 @@ class TrainedHeadGate(HeadGate):
                 self._static_value_mask = width_mask(value, widths.vo_dims[self.layer_idx], None, self.tau)
             self.vo_width = self._static_value_mask.sum()
 
-    def _begin_query_key(self, query_key: Tensor, noise: LayerNoise, widths: Widths | None) -> None:
+    def _make_query_key_mask(self, query_key: Tensor, noise: LayerNoise, widths: Widths | None) -> None:
         if widths is None:
             units = sample_mask(query_key, noise.query_key, self.tau)
         else:
@@ -158,7 +158,7 @@ class TrainedExpertGate(ExpertGate):
         """Mask logits of every expert, [N, F], from embeddings [N, R]."""
         return self.up(F.gelu(self.norm(embedding))) + self.offset
 
-    def begin(self, embedding: Tensor, noise: LayerNoise, widths: Widths | None) -> None:
+    def make_masks(self, embedding: Tensor, noise: LayerNoise, widths: Widths | None) -> None:
         """Make this step's expert masks. With ``widths``, every expert exactly that wide."""
         logits = self.logits(embedding)
         if widths is None:

@@ -6,9 +6,11 @@ checkpoints, and two processes with one sequence each draw what one process with
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from tomoe_training.seeds import Stream, generator
 from tomoe_vllm.hf.tomoe_math import GUMBEL_MEDIAN, KEEP_BIAS
 
 
@@ -29,9 +31,9 @@ def straight_through(hard: Tensor, soft: Tensor) -> Tensor:
     return _StraightThrough.apply(hard, soft)
 
 
-def gumbel(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+def gumbel(shape: tuple[int, ...], random: np.random.Generator) -> Tensor:
     """Gumbel(0, 1) noise, float32, on the CPU."""
-    uniform = torch.rand(shape, generator=generator).clamp_(1e-20, 1 - 1e-7)
+    uniform = torch.from_numpy(random.random(shape, dtype=np.float32)).clamp_(1e-20, 1 - 1e-7)
     return -torch.log(-torch.log(uniform))
 
 
@@ -117,8 +119,8 @@ class NoiseSource:
     def draw(self, step: int, sequence_ids: list[int], length: int) -> StepNoise:
         """Noise for the given sequences (their global indices) of ``length`` tokens at ``step``."""
         layers, masks, routes = self.num_layers, self.mask_scale, self.router_scale
-        shared = self._generator(step, -1)
-        per_token = [self._generator(step, sequence) for sequence in sequence_ids]
+        shared = generator(self.seed, Stream.SHARED_NOISE, step)
+        per_token = [generator(self.seed, Stream.SEQUENCE_NOISE, step, sequence) for sequence in sequence_ids]
 
         def tokens(width: int, scale: float) -> Tensor | None:
             if not scale:
@@ -131,8 +133,3 @@ class NoiseSource:
             router=tokens(self.num_experts, routes),
             value=tokens(self.head_dim, masks),
         )
-
-    def _generator(self, step: int, sequence: int) -> torch.Generator:
-        # A prime mix; torch's own seeding spreads near seeds well enough for noise.
-        mixed = (self.seed * 1_000_003 + step) * 998_244_353 + (sequence + 1) * 15_485_863
-        return torch.Generator().manual_seed(mixed % (1 << 62))

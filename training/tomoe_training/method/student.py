@@ -5,7 +5,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from tomoe_training.artifacts.adapter import LayerAdapter
-from tomoe_training.budget import NUM_QUANTILES, LayerLogits, Widths, anchor, solve_widths
+from tomoe_training.budget import NUM_QUANTILES, LayerLogits, Widths, shift_to_widths, solve_widths
 from tomoe_training.config import MethodSettings
 from tomoe_training.method.gates import NOISE_FREE, LayerNoise, TrainedExpertGate, TrainedHeadGate
 from tomoe_training.method.hypernetwork import Hypernetwork
@@ -26,7 +26,7 @@ QUANTILE_DECAY = 0.98
 class Student(nn.Module):
     """Everything trainable, attached to a frozen base model by hooks.
 
-    The base is not a submodule: state dict, optimiser and DDP see only what is trained.
+    The base is not a submodule: state dict, optimizer and DDP see only what is trained.
     """
 
     def __init__(self, base, settings: MethodSettings):
@@ -49,12 +49,17 @@ class Student(nn.Module):
             head.attach(layer, family)
             expert.attach(layer, family)
         base.requires_grad_(False)
-        object.__setattr__(self, "base", base)
+        self._base = (base,)  # in a tuple, nn.Module does not register it as a submodule
         # Quantiles of each layer's value logits over training tokens and dims, a running mean.
         self.register_buffer("value_quantiles", torch.zeros(num_layers, NUM_QUANTILES))
         self._seen_quantiles: list[tuple[list[int], Tensor]] = []
         self.widths: Widths | None = None
         self.widths_are_frozen = False
+
+    @property
+    def base(self):
+        """The frozen dense model, with the gates attached."""
+        return self._base[0]
 
     # ------------------------------------------------------------------------------------- forward
     def set_gates(self, is_on: bool) -> None:
@@ -62,13 +67,13 @@ class Student(nn.Module):
         for gate in (*self.head_gates, *self.expert_gates):
             gate.is_on = is_on
 
-    def begin(self, noise: StepNoise | None = None) -> None:
+    def make_masks(self, noise: StepNoise | None = None) -> None:
         """Make the masks of one step; without noise they are the deterministic ones."""
         embeddings = self.hypernetwork()
         for i, (head, expert) in enumerate(zip(self.head_gates, self.expert_gates, strict=True)):
             layer = NOISE_FREE if noise is None else _layer_noise(noise, i, embeddings.device)
-            head.begin(embeddings[2 * i], layer, self.widths)
-            expert.begin(embeddings[2 * i + 1], layer, self.widths)
+            head.make_masks(embeddings[2 * i], layer, self.widths)
+            expert.make_masks(embeddings[2 * i + 1], layer, self.widths)
 
     def hidden_states(self, input_ids: Tensor) -> Tensor:
         """Hidden states after the final norm, [B, S, D], of teacher or student as the gates are set."""
@@ -83,14 +88,14 @@ class Student(nn.Module):
                 self.set_gates(False)
                 teacher = self.hidden_states(input_ids)
                 self.set_gates(True)
-        self.begin(noise)
+        self.make_masks(noise)
         student = self.hidden_states(input_ids)
         lm_head = self.base.get_output_embeddings()
         if teacher is not None:
             task = distillation_loss(student.flatten(0, 1), teacher.flatten(0, 1), lm_head)
         else:
             task = language_model_loss(student[:, :-1].flatten(0, 1), input_ids[:, 1:].flatten(), lm_head)
-        self._note_quantiles()
+        self._record_quantiles()
         return self._objective(task)
 
     def _objective(self, task: Tensor) -> dict[str, Tensor]:
@@ -127,7 +132,7 @@ class Student(nn.Module):
                 value = self.value_quantiles[i]
             logits = LayerLogits(experts=expert.logits(embeddings[2 * i + 1]), query_key=query_key, value=value)
             if self.widths_are_frozen and self.widths is not None:
-                logits = anchor(logits, self.shape, self.widths, i)
+                logits = shift_to_widths(logits, self.shape, self.widths, i)
             layers.append(logits)
         return layers
 
@@ -138,12 +143,12 @@ class Student(nn.Module):
         Training keeps the measurement up to date by a running mean; this starts it.
         """
         self.set_gates(True)
-        self.begin()
+        self.make_masks()
         self.hidden_states(batch)
-        self._note_quantiles()
+        self._record_quantiles()
         self.update_quantiles(decay=0.0)
 
-    def _note_quantiles(self) -> None:
+    def _record_quantiles(self) -> None:
         """Keep what this forward pass saw of the value logits until the step ends."""
         if self.settings.vo_mode == "dynamic":
             rows = [i for i, head in enumerate(self.head_gates) if not head.keeps_value]
@@ -160,7 +165,7 @@ class Student(nn.Module):
         self._seen_quantiles.clear()
 
     @torch.no_grad()
-    def settle_widths(self) -> Widths:
+    def update_widths(self) -> Widths:
         """Set the masks to the widths that export would give them now, and return these."""
         settings = self.settings
         self.widths = solve_widths(
@@ -177,7 +182,7 @@ class Student(nn.Module):
         assert self.widths is not None
         self.widths_are_frozen = True
         for head in self.head_gates:
-            head.freeze(self.widths)
+            head.freeze_widths(self.widths)
 
     @torch.no_grad()
     def layer_adapters(self) -> list[LayerAdapter]:

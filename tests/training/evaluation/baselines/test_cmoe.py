@@ -46,8 +46,8 @@ def test_cmoe_routes_by_the_representatives_activation():
     assert gate.neuron_mask(neurons).int().tolist() == expected
 
 
-def test_cmoe_experts_of_a_model_are_equal_and_half_of_the_active_are_shared(contest):
-    gates = cmoe(contest(active_ratio=0.6))  # 12 experts of 8 neurons, 4 active
+def test_cmoe_experts_of_a_model_are_equal_and_half_of_the_active_are_shared(make_setup):
+    gates = cmoe(make_setup(active_ratio=0.6))  # 12 experts of 8 neurons, 4 active
     for gate in gates.experts:
         assert gate.expert_of_neuron.add(1).bincount().tolist() == [16] + [8] * 10
         assert gate.num_active == 2

@@ -27,32 +27,32 @@ class _Used:
 
 @pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize(("family", "p"), [("llama", 0.6), ("qwen3", 0.6), ("phi", 0.8)])
-def test_no_token_uses_more_than_the_budget(name, family, p, contest):
-    game = contest(family, active_ratio=p)
-    gates = METHODS[name](game)
-    gates.attach(game.base)
+def test_no_token_uses_more_than_the_budget(name, family, p, make_setup):
+    setup = make_setup(family, active_ratio=p)
+    gates = METHODS[name](setup)
+    gates.attach(setup.base)
     gates.set_on(True)
-    used = [_Used(layer, game.family, game.shape.head_dim) for layer in game.layers]
-    game.base(torch.randint(3, 90, (1, 50), generator=torch.Generator().manual_seed(1)))
-    config, total, active = game.base.config, 0, torch.zeros(50)
+    used = [_Used(layer, setup.family, setup.shape.head_dim) for layer in setup.layers]
+    setup.base(torch.randint(3, 90, (1, 50), generator=torch.Generator().manual_seed(1)))
+    config, total, active = setup.base.config, 0, torch.zeros(50)
     for layer in used:
         assert torch.equal(layer.qk, layer.qk_of_keys)
         matrices = 2 if family == "phi" else 3
         heads = config.hidden_size * (config.num_attention_heads + config.num_key_value_heads)
         active += heads * (layer.qk.sum(-1) + layer.vo.sum(-1))
         active += matrices * config.hidden_size * layer.mlp.sum(-1)
-        total += 2 * heads * game.shape.head_dim + matrices * config.hidden_size * config.intermediate_size
-    assert active.max().item() == gates.widths.active_parameters(game.shape) <= p * total
+        total += 2 * heads * setup.shape.head_dim + matrices * config.hidden_size * config.intermediate_size
+    assert active.max().item() == gates.widths.active_parameters(setup.shape) <= p * total
     assert active.max().item() > (p - 0.08) * total  # and the budget is spent
 
 
 @pytest.mark.parametrize("name", ["magnitude", "wanda", "cmoe", "static_mask"])
-def test_gates_switched_off_leave_the_dense_model(name, contest):
-    game = contest()
+def test_gates_switched_off_leave_the_dense_model(name, make_setup):
+    setup = make_setup()
     ids = torch.randint(3, 90, (1, 20))
-    expected = game.base(ids).logits
-    gates = METHODS[name](game)
-    gates.attach(game.base)
-    assert torch.equal(game.base(ids).logits, expected)
+    expected = setup.base(ids).logits
+    gates = METHODS[name](setup)
+    gates.attach(setup.base)
+    assert torch.equal(setup.base(ids).logits, expected)
     gates.set_on(True)
-    assert not torch.equal(game.base(ids).logits, expected)
+    assert not torch.equal(setup.base(ids).logits, expected)

@@ -1,4 +1,4 @@
-"""How wide a rival's MLPs may be within the budget."""
+"""Widths of baselines within the budget."""
 
 import pytest
 from tomoe_training.evaluation.baselines.widths import OutOfBudgetError, equal_experts, mlp_width, uniform_widths

@@ -1,5 +1,5 @@
-"""The rivals of ToMoE, one file each, on the same frozen model, data, tokens and active-parameter budget.
+"""Baselines for ToMoE, one file each: same frozen model, data, tokens and active-parameter budget.
 
-A rival is a function from a :class:`~.setup.Contest` to the gates it would put on the
-model. ``tomoe eval compare`` (../compare.py) runs them all; docs/compare.md describes them.
+A baseline is a function from a :class:`~.setup.BaselineSetup` to the gates that it attaches to the model.
+``tomoe eval compare`` (../compare.py) measures all of them. docs/compare.md describes them.
 """

@@ -1,39 +1,41 @@
-"""Rival: neurons clustered by their activations into shared and routed experts, without any training.
+"""CMoE baseline: neurons clustered by their activations into shared and routed experts, without training.
 
-Stands for: CMoE, Fast Carving of Mixture-of-Experts (Pei et al., arXiv 2502.04416), its training-free form.
-Kept: a token activates the 10 neurons of largest |h|; the neurons most often activated are the shared
-experts, always on; the rest are clustered by which tokens activate them, into equal experts (balanced
-k-means); an expert's representative is the neuron nearest to its centroid; the router is analytic, an
-expert's score being |h| of its representative, and the best are chosen. Gate values are 1.
-Simplified: the balanced assignment is a stable one (full clusters pass their worst neurons on) instead of
-the optimal one (Jonker-Volgenant); shared and routed experts share the active ones half and half, as in the
-paper's S3A3E8; no fine-tuning, so no learned gate scale and no balancing bias. Attention stays dense and is
-paid for. The router (representatives' weights) is outside the budget, like all routers here.
+Source: CMoE, Fast Carving of Mixture-of-Experts (Pei et al., arXiv 2502.04416), the training-free form.
+
+Kept: A token activates the 10 neurons of largest |h|. The neurons activated most often form the shared
+experts, which are always active. The other neurons are clustered into experts of equal size (balanced
+k-means) by the tokens that activate them. The representative of an expert is the neuron closest to its
+centroid. The router is analytic: an expert's score is |h| of its representative. Gate values are 1.
+
+Simplified: The balanced assignment is stable (full clusters reject their worst neurons) instead of optimal
+(Jonker-Volgenant). Half of the active experts are shared, as in the paper's S3A3E8. No fine-tuning, so no
+learned gate scale and no balancing bias. Attention stays dense and counts against the budget. The router
+(the representatives' weights) does not count, as for all routers here.
 """
 
 import torch
 from torch import Tensor, nn
 
 from tomoe_training.budget import Widths
-from tomoe_training.evaluation.baselines.setup import Contest, MethodGates
+from tomoe_training.evaluation.baselines.setup import BaselineSetup, MethodGates
 from tomoe_training.evaluation.baselines.widths import equal_experts, mlp_width
 from tomoe_vllm.hf.configuration_tomoe import Family
 from tomoe_vllm.hf.modeling_tomoe import ExpertGate
 
 ACTIVATED_NEURONS = 10
-"""Neurons a token activates: the default of the authors' code."""
+"""Neurons that a token activates: the default of the authors' code."""
 KMEANS_ITERATIONS = 15
 
 
 class CMoEGate(ExpertGate):
-    """Shared neurons, and the routed experts whose representatives are most active.
+    """Keeps the shared neurons and those of the routed experts whose representatives are most active.
 
-    It reads the neurons themselves (the input of the MLP's last linear): the representatives' activations
-    are there already, so no family needs code of its own.
+    It reads the neurons (the input of the MLP's last linear), which include the representatives' activations.
+    No family needs its own code.
     """
 
     def __init__(self, expert_of_neuron: Tensor, representatives: Tensor, num_active: int):
-        """``expert_of_neuron``: [F] int64, -1 for shared; ``representatives``: [E] int64, a neuron each."""
+        """``expert_of_neuron``: [F] int64, -1 for shared; ``representatives``: [E] int64, neuron indices."""
         super().__init__()
         self.num_active = num_active
         self.register_buffer("expert_of_neuron", expert_of_neuron)
@@ -54,19 +56,19 @@ class CMoEGate(ExpertGate):
         return is_active[..., self.expert_of_neuron.clamp(min=0)] | (self.expert_of_neuron < 0)
 
 
-def cmoe(contest: Contest) -> MethodGates:
-    """CMoE within the budget: as many equal experts, half of the active ones shared, as come nearest to it."""
-    shape, num_layers = contest.shape, len(contest.layers)
+def cmoe(setup: BaselineSetup) -> MethodGates:
+    """CMoE with the number of equal experts closest to the budget; half of the active experts are shared."""
+    shape, num_layers = setup.shape, len(setup.layers)
     num_neurons = shape.intermediate_size
-    width = mlp_width(shape, contest.config.active_ratio, shape.head_dim, shape.head_dim)
+    width = mlp_width(shape, setup.config.active_ratio, shape.head_dim, shape.head_dim)
     num_experts, num_active = equal_experts(num_neurons, width)
     num_activated = min(ACTIVATED_NEURONS, num_neurons)
     activated: list[list[Tensor]] = [[] for _ in range(num_layers)]
 
-    def see(layer: int, path: str, neurons: Tensor) -> None:
+    def record(layer: int, path: str, neurons: Tensor) -> None:
         activated[layer].append(neurons.abs().topk(num_activated, dim=-1).indices.cpu())
 
-    tokens = contest.observe([contest.family.mlp_out], see)
+    tokens = setup.observe([setup.family.mlp_out], record)
     gates: list[ExpertGate] = []
     for parts in activated:
         markers = torch.zeros(num_neurons, tokens)
@@ -86,7 +88,7 @@ def carve(markers: Tensor, num_experts: int, num_shared: int) -> tuple[Tensor, T
     """Experts from activation markers [F, T] of zeros and ones: (expert of each neuron, representatives).
 
     ``num_shared`` of ``num_experts`` are shared: their neurons are -1 in [F], the others 0 to E - 1 with
-    E = num_experts - num_shared. Representatives: [E], a neuron each.
+    E = num_experts - num_shared. Representatives: [E] neuron indices.
     """
     size = len(markers) // num_experts
     order = markers.sum(dim=1).argsort(descending=True, stable=True)
@@ -100,7 +102,7 @@ def carve(markers: Tensor, num_experts: int, num_shared: int) -> tuple[Tensor, T
 
 
 def _balanced_kmeans(points: Tensor, num_clusters: int) -> tuple[Tensor, Tensor]:
-    """Equal clusters of points [n, T], started from the first ones: (labels [n], centroids [clusters, T])."""
+    """Balanced k-means on points [n, T], initialized with the first points: labels [n], centroids [clusters, T]."""
     centroids, labels = points[:num_clusters], None
     for _ in range(KMEANS_ITERATIONS):
         new = balanced_assignment(-_distances(points, centroids))
@@ -118,15 +120,16 @@ def _distances(points: Tensor, centroids: Tensor) -> Tensor:
 
 
 def balanced_assignment(scores: Tensor) -> Tensor:
-    """Every point to a cluster, all equally large, high scores first: [n, clusters] -> [n].
+    """Assign points to clusters of equal size, preferring high scores: [n, clusters] -> [n].
 
-    Deferred acceptance: a point goes to its best cluster that does not prefer others; the result is stable.
+    Deferred acceptance (Gale-Shapley): each full cluster rejects its worst points, which go to their next choice.
+    The result is stable.
     """
     num_points, num_clusters = scores.shape
     capacity = num_points // num_clusters
     assert capacity * num_clusters == num_points
-    wishes = scores.clone()
-    labels = wishes.argmax(dim=-1)
+    preferences = scores.clone()
+    labels = preferences.argmax(dim=-1)
     while True:
         over = (labels.bincount(minlength=num_clusters) > capacity).nonzero().flatten().tolist()
         if not over:
@@ -134,6 +137,6 @@ def balanced_assignment(scores: Tensor) -> Tensor:
         for cluster in over:
             members = (labels == cluster).nonzero().flatten()
             order = scores[members, cluster].argsort(descending=True, stable=True)
-            refused = members[order[capacity:]]
-            wishes[refused, cluster] = -torch.inf
-            labels[refused] = wishes[refused].argmax(dim=-1)
+            rejected = members[order[capacity:]]
+            preferences[rejected, cluster] = -torch.inf
+            labels[rejected] = preferences[rejected].argmax(dim=-1)

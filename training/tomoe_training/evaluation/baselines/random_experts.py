@@ -1,14 +1,17 @@
-"""Rival: neurons split at random into equal disjoint experts, with a trained top-k router.
+"""Random-experts baseline: neurons split at random into equal disjoint experts, with a trained top-k router.
 
-Stands for: LLaMA-MoE (Zhu et al., arXiv 2406.16554), its best split ("Independent, random").
-Kept: a uniformly random partition of each MLP's neurons into equal experts; a linear top-k router; gate
-values are the softmax over the chosen logits, rescaled: times k, so that experts enter with weight 1 on
-average, as in the dense sum; a balance loss on the router.
-Simplified: the dense weights stay frozen and the router learns by distillation on the tokens that ToMoE
-trains on, where LLaMA-MoE trains all weights on 200 B tokens; no noise in the router; the balance loss is
-ToMoE's. In the rival's favour: experts that were not chosen get a straight-through gradient too (they are
-computed anyway here), so that the router also learns from what it did not choose, and at k = 1 at all.
-Attention stays dense and is paid for.
+Source: LLaMA-MoE (Zhu et al., arXiv 2406.16554), its best split ("Independent, random").
+
+Kept: A uniformly random partition of each MLP's neurons into equal experts, a linear top-k router and a
+balance loss. Gate values are the softmax over the selected logits times k, so that the mean weight of an
+expert is 1, as in the dense sum.
+
+Simplified: The dense weights stay frozen, and the router is trained by distillation on ToMoE's training
+tokens. LLaMA-MoE trains all weights on 200 B tokens. There is no router noise. The balance loss is ToMoE's.
+Attention stays dense and counts against the budget.
+
+In favour of this baseline: Experts that are not selected also send the router a straight-through gradient
+(they are computed anyway). Without it the router would not learn at k = 1.
 """
 
 from typing import Any
@@ -18,25 +21,22 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from tomoe_training.artifacts.files import load_state, save_state
+from tomoe_training.artifacts.training_state import load_state, save_state
 from tomoe_training.budget import Widths
 from tomoe_training.config import RunConfig
-from tomoe_training.evaluation.baselines.setup import Contest, MethodGates
+from tomoe_training.dtypes import training_dtype
+from tomoe_training.evaluation.baselines.setup import BaselineSetup, MethodGates
 from tomoe_training.evaluation.baselines.widths import equal_experts, mlp_width
 from tomoe_training.method.losses import distillation_loss, load_balance_loss
-from tomoe_training.runtime import training_dtype
 from tomoe_training.trainer import MAY_CHANGE, check_finite, make_scheduler
 from tomoe_vllm.hf.modeling_tomoe import ExpertGate
 
-REPORTS = 20
-"""Lines of progress over a training."""
-
-
+NUM_PROGRESS_LINES = 20
 ROUTERS = "routers.pt"
 
 
 class RandomExpertGate(ExpertGate):
-    """Neurons of the top-k experts of a token, weighted by the router."""
+    """Keeps the neurons of a token's top-k experts, weighted by the router."""
 
     def __init__(self, hidden_size: int, expert_of_neuron: Tensor, num_experts: int, top_k: int):
         """``expert_of_neuron``: [F] int64 in [0, num_experts)."""
@@ -46,7 +46,7 @@ class RandomExpertGate(ExpertGate):
         self.register_buffer("expert_of_neuron", expert_of_neuron)
 
     def expert_weights(self, hidden_states: Tensor) -> Tensor:
-        """Gate value of every expert, [T, N] float32: zero but for the top-k, whose values add up to k."""
+        """Gate values of all experts, [T, N] float32: the top-k add up to k, the others are 0."""
         logits = F.linear(hidden_states.float(), self.router.weight)
         best, chosen = logits.topk(self.top_k, dim=-1)
         weights = torch.zeros_like(logits).scatter(-1, chosen, self.top_k * best.softmax(dim=-1))
@@ -62,19 +62,19 @@ class RandomExpertGate(ExpertGate):
         return self.expert_weights(hidden_states).to(hidden_states.dtype)[..., self.expert_of_neuron]
 
 
-def random_experts(contest: Contest) -> MethodGates:
-    """Split, then train the routers for the run's tokens."""
-    gates = split_at_random(contest)
-    train_routers(contest, gates)
-    gates.tokens = contest.training_tokens
+def random_experts(setup: BaselineSetup) -> MethodGates:
+    """Split the neurons, then train the routers on the run's tokens."""
+    gates = split_at_random(setup)
+    train_routers(setup, gates)
+    gates.tokens = setup.training_tokens
     return gates
 
 
-def split_at_random(contest: Contest) -> MethodGates:
-    """The experts, with untrained routers; number and k such that they come nearest to the budget."""
-    shape, num_layers, seed = contest.shape, len(contest.layers), contest.config.seed
+def split_at_random(setup: BaselineSetup) -> MethodGates:
+    """The experts with untrained routers. Their number and k are those closest to the budget."""
+    shape, num_layers, seed = setup.shape, len(setup.layers), setup.config.seed
     num_neurons = shape.intermediate_size
-    width = mlp_width(shape, contest.config.active_ratio, shape.head_dim, shape.head_dim)
+    width = mlp_width(shape, setup.config.active_ratio, shape.head_dim, shape.head_dim)
     num_experts, top_k = equal_experts(num_neurons, width)
     size = num_neurons // num_experts
     generator = torch.Generator().manual_seed(seed)
@@ -94,16 +94,16 @@ def split_at_random(contest: Contest) -> MethodGates:
     return MethodGates(heads=[], experts=gates, widths=widths, tokens=0, note=f"{top_k} of {num_experts} experts")
 
 
-def train_routers(contest: Contest, gates: MethodGates) -> None:
+def train_routers(setup: BaselineSetup, gates: MethodGates) -> None:
     """Train the routers by distillation from the dense model: ToMoE's batches, optimiser, schedule and dtype.
 
-    A plain loop on one process: the trainer's own is about a student's masks and adapters, and nothing of that
-    is here. Its state is kept in the contest's folder every ``checkpoint_every`` steps and at the end, and a
-    killed comparison goes on from there. Raises ``FloatingPointError`` for a loss that is not finite.
+    A separate loop on one process: trainer.py is specific to a student's masks and adapters. The state is saved
+    to ``setup.work`` every ``checkpoint_every`` steps and at the end; a killed comparison resumes from it.
+    Raises ``FloatingPointError`` for a loss that is not finite.
     """
-    config = contest.config
-    dtype = training_dtype(config.dtype, contest.base.device)
-    base = AutoModelForCausalLM.from_pretrained(config.base, dtype=dtype).eval().to(contest.base.device)
+    config = setup.config
+    dtype = training_dtype(config.dtype, setup.base.device)
+    base = AutoModelForCausalLM.from_pretrained(config.base, dtype=dtype).eval().to(setup.base.device)
     base.requires_grad_(False)
     gates.attach(base)
     lm_head, routers = base.get_output_embeddings(), [p for gate in gates.experts for p in gate.parameters()]
@@ -116,7 +116,7 @@ def train_routers(contest: Contest, gates: MethodGates) -> None:
         gates.set_on(is_on)
         return base.model(input_ids=ids, use_cache=False).last_hidden_state.flatten(0, 1)
 
-    file, run = contest.work / "random_experts" / ROUTERS, _settings_that_matter(config)
+    file, run = setup.work / "random_experts" / ROUTERS, _settings_that_matter(config)
     state = load_state(file, base.device) or {"step": 0}
     if state["step"]:
         if state["run"] != run:
@@ -129,7 +129,7 @@ def train_routers(contest: Contest, gates: MethodGates) -> None:
         terms = {"task": 0.0, "r_l": 0.0}
         for start in starts:
             rows = range(start, min(start + micro, config.batch_size))
-            ids = contest.blocks.batch(step, rows, config.batch_size).to(base.device)
+            ids = setup.blocks.batch(step, rows, config.batch_size).to(base.device)
             with torch.no_grad():
                 teacher = hidden_states(ids, is_on=False)
             task = distillation_loss(hidden_states(ids, is_on=True), teacher, lm_head)
@@ -151,8 +151,8 @@ def train_routers(contest: Contest, gates: MethodGates) -> None:
             file.parent.mkdir(parents=True, exist_ok=True)
             state = {"step": done, "run": run, "routers": [router.detach() for router in routers]}
             save_state(state | {"optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict()}, file)
-        if done % max(1, config.steps // REPORTS) == 0:
-            contest.report(f"routers, step {done}/{config.steps}: task {terms['task']:.3f}, R_L {terms['r_l']:.3f}")
+        if done % max(1, config.steps // NUM_PROGRESS_LINES) == 0:
+            setup.report(f"routers, step {done}/{config.steps}: task {terms['task']:.3f}, R_L {terms['r_l']:.3f}")
 
 
 def _settings_that_matter(config: RunConfig) -> dict[str, Any]:

@@ -1,7 +1,7 @@
-"""What every method of a comparison is given, and what it gives back: gates on one frozen model.
+"""Input and output of the methods in a comparison: a model with text and budget, and gates on that model.
 
-All methods end as gates (subclasses of the reference model's), so that one forward pass and one
-evaluation serve all of them, and their budgets are counted by one formula (eq. 8).
+All methods produce gates (subclasses of the reference model's). One evaluation serves all of them, and their
+budgets are counted by one formula (eq. 8).
 """
 
 from collections.abc import Callable, Iterator
@@ -20,20 +20,20 @@ from tomoe_vllm.hf.modeling_tomoe import ExpertGate, HeadGate
 from tomoe_vllm.hf.tomoe_math import BlockShape
 
 CALIBRATION_TOKENS = 8192
-"""Tokens of training text for activation statistics where the run has no warm start to go by."""
+"""Tokens of training text for activation statistics in a run without a warm start."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Contest:
-    """One model, one text, one budget. ``base`` is frozen, in float32, and carries every method's gates."""
+class BaselineSetup:
+    """Model, text and budget of a comparison. ``base`` is frozen and in float32; all methods attach gates to it."""
 
     base: Any
     config: RunConfig
     blocks: InterleavedBlocks
     work: Path
-    """Folder for what is trained here."""
+    """Folder of the adapters and routers that are trained."""
     adapter: Path | None = None
-    """ToMoE's adapter, where it is already trained."""
+    """ToMoE's adapter, if it is already trained."""
     report: Callable[[str], None] = field(default=lambda text: None)
     """Shows one line of progress to a person."""
 
@@ -51,27 +51,27 @@ class Contest:
 
     @property
     def training_tokens(self) -> int:
-        """What a trained method may see, T x D of the run: steps x sequences x tokens."""
+        """Training tokens of a method: steps x sequences x tokens per sequence."""
         return self.config.steps * self.config.batch_size * self.config.sequence_length
 
     def calibration(self) -> Iterator[Tensor]:
-        """The first blocks of training text, as many as ToMoE's warm start sees: [1, sequence_length] each."""
+        """The first blocks of training text, as many as ToMoE's warm start reads: [1, sequence_length] each."""
         tokens = self.config.warm_start_tokens or CALIBRATION_TOKENS
         for i in range(max(1, tokens // self.config.sequence_length)):
             yield self.blocks.block(i).unsqueeze(0).to(self.base.device)
 
     @torch.no_grad()
-    def observe(self, paths: list[str], see: Callable[[int, str, Tensor], None]) -> int:
-        """Run the calibration text through the dense model; returns its tokens.
+    def observe(self, paths: list[str], record: Callable[[int, str, Tensor], None]) -> int:
+        """Run the calibration text through the dense model; returns the number of tokens.
 
-        ``see(layer, path, inputs)`` gets the input [T, size], float32, of the module ``path`` of each layer.
+        ``record(layer, path, inputs)`` is called with the input [T, size] float32 of module ``path`` of each layer.
         """
         handles = []
         for i, layer in enumerate(self.layers):
             for path in paths:
 
                 def hook(module, args, i=i, path=path):
-                    see(i, path, args[0].detach().flatten(0, -2).float())
+                    record(i, path, args[0].detach().flatten(0, -2).float())
 
                 handles.append(layer.get_submodule(path).register_forward_pre_hook(hook))
         try:
@@ -87,21 +87,21 @@ class Contest:
 
 @dataclass(kw_only=True)
 class MethodGates:
-    """What a method makes of the dense model."""
+    """The gates of one method."""
 
     heads: list[HeadGate]
-    """One per layer, or none at all: attention stays dense."""
+    """One per layer, or empty: attention stays dense."""
     experts: list[ExpertGate]
     widths: Widths
-    """What one token uses of every layer, at most."""
+    """Upper bounds of what one token uses in each layer."""
     tokens: int
-    """Tokens of text that made the gates, for calibration or training."""
+    """Tokens used for calibration or training."""
     seconds: float | None = None
-    """Time it took, where that was in another run."""
+    """Training time, if the training was another run; else None."""
     note: str = ""
 
     def attach(self, base) -> None:
-        """Put the gates on a model, switched off."""
+        """Attach the gates to a model, switched off."""
         family = family_of(base.config)
         self.set_on(False)
         for layer, head in zip(base.model.layers, self.heads, strict=True) if self.heads else ():
@@ -110,7 +110,7 @@ class MethodGates:
             expert.to(base.device).attach(layer, family)
 
     def set_on(self, is_on: bool) -> None:
-        """True for this method's model, False for the dense one."""
+        """Switch between this method (True) and the dense model (False)."""
         for head in self.heads:
             head.is_on = is_on
         for expert in self.experts:

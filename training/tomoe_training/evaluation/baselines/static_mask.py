@@ -1,15 +1,19 @@
-"""Rival: one learned mask for all tokens, by this project's own trainer.
+"""Static-mask baseline: one learned mask for all tokens, trained by this project's trainer.
 
-Stands for: DISP-LLM (Gao et al., arXiv 2410.11988), and the paper's question what dynamic structure adds.
-Kept: widths of every layer and what is kept in it are learned on the frozen model through a hypernetwork,
-within the budget; the mask is the same for every token.
-Simplified: it prunes what ToMoE prunes (neurons, Q/K and V/O dims alike in all heads of a layer), with
-ToMoE's objective, data and warm start; DISP-LLM also selects other residual-stream dims per layer.
-Settings: num_experts = 1 and vo_mode = static; the union and balance terms say nothing about one expert.
+Source: DISP-LLM (Gao et al., arXiv 2410.11988). It measures what ToMoE's dynamic structure adds.
+
+Kept: The widths of each layer and the units kept in it are learned through a hypernetwork on the frozen
+model, within the budget. All tokens have the same mask.
+
+Simplified: It prunes the same units as ToMoE (neurons, and Q/K and V/O dims shared by all heads of a layer)
+with ToMoE's objective, data and warm start. DISP-LLM also selects dims of the residual stream per layer.
+
+Settings: ``num_experts = 1`` and ``vo_mode = static``. The union and balance losses have weight 0: they are
+constant with one expert.
 """
 
 from tomoe_training.config import RunConfig
-from tomoe_training.evaluation.baselines.setup import Contest, MethodGates
+from tomoe_training.evaluation.baselines.setup import BaselineSetup, MethodGates
 from tomoe_training.evaluation.baselines.trained_adapter import train_adapter
 
 
@@ -20,6 +24,6 @@ def static_settings(config: RunConfig) -> RunConfig:
     )
 
 
-def static_mask(contest: Contest) -> MethodGates:
-    """Train for the same tokens as ToMoE."""
-    return train_adapter(contest, static_settings(contest.config), contest.work / "static_mask")
+def static_mask(setup: BaselineSetup) -> MethodGates:
+    """Train on as many tokens as ToMoE."""
+    return train_adapter(setup, static_settings(setup.config), setup.work / "static_mask")

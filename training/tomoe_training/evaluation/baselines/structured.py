@@ -1,18 +1,18 @@
-"""Static structured pruning: the same neurons and head dims dropped for every token.
+"""Static structured pruning: the same neurons and head dims are dropped for every token.
 
-What weight-magnitude and Wanda-style pruning share; they differ in the norms that weights are scaled by.
-Scores are those of the structured baselines in FLAP (arXiv 2312.11983: "Mag-sp", "Wanda-sp"):
+Common part of magnitude and Wanda pruning, which differ in the norms that scale the weights. Scores are those
+of the structured baselines in FLAP (arXiv 2312.11983: "Mag-sp", "Wanda-sp"):
 
     neuron f     sum_i |W_down[i, f]| * n_f
     V/O dim a    sum over heads and i of |W_o[i, (head, a)]| * n_(head, a)
     Q/K unit u   sum over the unit's dims a of q_a k_a, where q_a = sum over heads and j of |W_q[(head, a), j]| * n_j
                  and k_a likewise: an attention logit is a sum of products q k
 
-with n the norms of the matrix's inputs (Wanda) or ones (magnitude).
+where n are the norms of the matrix's inputs (Wanda) or ones (magnitude).
 
-Simplified: every layer keeps the same widths, as in those baselines; head dims are dropped alike in all
-heads, and a RoPE pair as one, because that is what a ToMoE checkpoint can express. Weights are not updated
-after pruning, and biases are not scored.
+Simplified: All layers have the same widths, as in those baselines. Head dims are dropped in all heads at once,
+and RoPE pairs as one unit, because a ToMoE checkpoint cannot express more. Weights are not updated after
+pruning, and biases are not scored.
 """
 
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from tomoe_training.budget import choose_units
-from tomoe_training.evaluation.baselines.setup import Contest, MethodGates
+from tomoe_training.evaluation.baselines.setup import BaselineSetup, MethodGates
 from tomoe_training.evaluation.baselines.widths import uniform_widths
 from tomoe_vllm.hf.configuration_tomoe import Family
 from tomoe_vllm.hf.modeling_tomoe import ExpertGate, HeadGate
@@ -56,16 +56,16 @@ class StaticExpertGate(ExpertGate):
 
 @dataclass(frozen=True, kw_only=True)
 class InputNorms:
-    """Norms of the inputs of one layer's matrices; ones score by the weights alone."""
+    """Norms of the inputs of one layer's matrices; ones mean scores by weights alone."""
 
-    attention_in: Tensor  # [D], what q and k are projected from
+    attention_in: Tensor  # [D], input of q_proj and k_proj
     attention_out: Tensor  # [H * A]
     mlp_out: Tensor  # [F]
 
 
 @dataclass(frozen=True, kw_only=True)
 class UnitScores:
-    """Importance of what one layer may drop: neurons [F], Q/K units [U], V/O dims [A]."""
+    """Scores of one layer's units: neurons [F], Q/K units [U], V/O dims [A]."""
 
     neurons: Tensor
     query_key: Tensor
@@ -74,7 +74,7 @@ class UnitScores:
 
 @torch.no_grad()
 def unit_scores(layer: nn.Module, family: Family, shape: BlockShape, norms: InputNorms) -> UnitScores:
-    """Scores of one decoder layer, by the formulas above, float32."""
+    """Scores of one decoder layer by the formulas above, float32."""
 
     def output_scores(path: str, input_norms: Tensor) -> Tensor:
         return layer.get_submodule(path).weight.float().abs().sum(dim=0) * input_norms
@@ -92,17 +92,17 @@ def unit_scores(layer: nn.Module, family: Family, shape: BlockShape, norms: Inpu
     )
 
 
-def prune(contest: Contest, norms: list[InputNorms], *, attention_ratio: float, tokens: int) -> MethodGates:
-    """Keep the best-scored units of every layer: ``attention_ratio`` of the head dims, and the MLP's share.
+def prune(setup: BaselineSetup, norms: list[InputNorms], *, attention_ratio: float, tokens: int) -> MethodGates:
+    """Keep the best-scored units: ``attention_ratio`` of the head dims, and neurons for the rest of the budget.
 
-    With ``attention_ratio`` 1 attention stays dense and the MLP pays for it.
+    With ``attention_ratio`` 1 attention stays dense.
     """
-    shape, layers = contest.shape, contest.layers
-    widths = uniform_widths(shape, len(layers), contest.config.active_ratio, attention_ratio)
+    shape, layers = setup.shape, setup.layers
+    widths = uniform_widths(shape, len(layers), setup.config.active_ratio, attention_ratio)
     heads: list[HeadGate] = []
     experts: list[ExpertGate] = []
     for i, layer in enumerate(layers):
-        scores = unit_scores(layer, contest.family, shape, norms[i])
+        scores = unit_scores(layer, setup.family, shape, norms[i])
         experts.append(StaticExpertGate(top_mask(scores.neurons, widths.experts[i])))
         if attention_ratio < 1:
             units = choose_units(scores.query_key, widths.qk_dims[i], shape)

@@ -1,4 +1,4 @@
-"""ToMoE itself, and whatever else the trainer makes: the gates of an adapter, as an export would have them."""
+"""Gates of trained adapters, with the masks that an export would write: ToMoE, and baselines that use the trainer."""
 
 import copy
 from pathlib import Path
@@ -6,33 +6,33 @@ from pathlib import Path
 from tomoe_training.artifacts.adapter import Adapter
 from tomoe_training.artifacts.export import check_base, plan_widths, tomoe_tensors
 from tomoe_training.config import RunConfig
-from tomoe_training.evaluation.baselines.setup import Contest, MethodGates
+from tomoe_training.evaluation.baselines.setup import BaselineSetup, MethodGates
 from tomoe_training.trainer import train
 from tomoe_vllm.hf.modeling_tomoe import ExpertGate, HeadGate, ToMoEExpertGate, ToMoEHeadGate
 
 
-def tomoe(contest: Contest) -> MethodGates:
-    """ToMoE from its adapter, or trained for the run's tokens."""
-    if contest.adapter is None:
-        return train_adapter(contest, contest.config, contest.work / "tomoe")
-    return adapter_gates(contest, contest.adapter)
+def tomoe(setup: BaselineSetup) -> MethodGates:
+    """ToMoE from its adapter, or trained on the run's tokens."""
+    if setup.adapter is None:
+        return train_adapter(setup, setup.config, setup.work / "tomoe")
+    return adapter_gates(setup, setup.adapter)
 
 
-def train_adapter(contest: Contest, config: RunConfig, out: Path) -> MethodGates:
-    """Train (or resume) a run and take its gates."""
+def train_adapter(setup: BaselineSetup, config: RunConfig, out: Path) -> MethodGates:
+    """Train (or resume) a run and load its gates."""
     train(config, out)
-    return adapter_gates(contest, out)
+    return adapter_gates(setup, out)
 
 
-def adapter_gates(contest: Contest, folder: Path) -> MethodGates:
+def adapter_gates(setup: BaselineSetup, folder: Path) -> MethodGates:
     """The reference model's gates with the widths and masks that ``tomoe export`` would write.
 
     Raises ``ValueError`` for an adapter of another base model.
     """
-    adapter, settings, shape = Adapter.load(folder), contest.config, contest.shape
+    adapter, settings, shape = Adapter.load(folder), setup.config, setup.shape
     check_base(adapter, Path(settings.base))
     widths = plan_widths(adapter, shape, settings.active_ratio, settings.width_multiple, settings.head_dim_multiple)
-    config = copy.copy(contest.base.config)
+    config = copy.copy(setup.base.config)
     for name in ("num_experts", "value_router_dim", "vo_mode"):
         setattr(config, name, getattr(adapter.config, name))
     config.vo_head_dims = widths.vo_dims

@@ -1,20 +1,20 @@
-"""Widths that spend a budget without exceeding it, for methods that do not learn them (eq. 8 counting)."""
+"""Widths for methods that do not learn them: the largest within the budget (counted by eq. 8)."""
 
 from tomoe_training.budget import Widths
 from tomoe_vllm.hf.tomoe_math import BlockShape
 
 EXPERT_COUNTS = range(8, 33)
-"""Experts an MLP may be split into: the rivals' papers use 8 to 16; 32 makes the budget's steps finer."""
+"""Numbers of experts an MLP may be split into. The papers use 8 to 16; 32 allows finer steps of the budget."""
 
 
 class OutOfBudgetError(ValueError):
-    """A method cannot work within this budget, whatever it keeps."""
+    """A method cannot fit this budget at any width."""
 
 
 def mlp_width(shape: BlockShape, active_ratio: float, qk_dims: int, vo_dims: int) -> int:
-    """Widest MLP beside attention of these dims whose block is within ``active_ratio``: never over.
+    """Largest MLP width for which a block with these attention dims is within ``active_ratio``.
 
-    Raises :class:`OutOfBudgetError` where attention alone leaves nothing.
+    Raises :class:`OutOfBudgetError` if attention alone uses the budget.
     """
     total = shape.total_parameters
     per_neuron = shape.active_parameters(0, 0, 1)
@@ -30,9 +30,9 @@ def mlp_width(shape: BlockShape, active_ratio: float, qk_dims: int, vo_dims: int
 
 
 def uniform_widths(shape: BlockShape, num_layers: int, active_ratio: float, attention_ratio: float) -> Widths:
-    """Every layer alike: ``attention_ratio`` of the head dims, and the MLP takes what the budget leaves.
+    """The same widths in every layer: ``attention_ratio`` of the head dims, and the rest of the budget for the MLP.
 
-    Kept Q/K dims are even (RoPE pairs).
+    The number of Q/K dims is even (RoPE pairs).
     """
     qk_dims = max(2, int(attention_ratio * shape.head_dim) // 2 * 2) if attention_ratio < 1 else shape.head_dim
     vo_dims = max(1, int(attention_ratio * shape.head_dim))
@@ -43,9 +43,9 @@ def uniform_widths(shape: BlockShape, num_layers: int, active_ratio: float, atte
 
 
 def equal_experts(num_neurons: int, width: int) -> tuple[int, int]:
-    """(experts N, active n) of equal disjoint experts with n * F / N as near to ``width`` as can be, never over.
+    """(N experts, n active) of equal disjoint experts with the largest n * F / N that is at most ``width``.
 
-    The fewest experts where several are as near. Raises :class:`OutOfBudgetError` where none fits.
+    The smallest N on a tie. Raises :class:`OutOfBudgetError` if there is none.
     """
     counts = [n for n in EXPERT_COUNTS if num_neurons % n == 0]
     splits = [(n, width * n // num_neurons) for n in counts]

@@ -5,8 +5,6 @@ import ctypes
 import os
 import sys
 
-import torch
-
 
 def tune_malloc() -> None:
     """Let glibc keep freed memory for large tensors.
@@ -34,24 +32,6 @@ def release_memory() -> None:
     if sys.platform.startswith("linux"):
         with contextlib.suppress(OSError, AttributeError):
             ctypes.CDLL("libc.so.6").malloc_trim(0)
-
-
-def has_fast_bfloat16(device: torch.device) -> bool:
-    """Whether bfloat16 GEMMs are faster than float32 here: GPUs, and CPUs with AMX or AVX512-BF16.
-
-    On other CPUs they are about five times slower.
-    """
-    if device.type != "cpu":
-        return True
-    capabilities = torch.cpu.get_capabilities()
-    return any(capabilities.get(unit) for unit in ("amx_bf16", "avx512_bf16"))
-
-
-def training_dtype(name: str, device: torch.device) -> torch.dtype:
-    """Dtype of the frozen base for a run's ``dtype``: ``auto`` is bfloat16 where that is fast."""
-    if name == "auto":
-        name = "bfloat16" if has_fast_bfloat16(device) else "float32"
-    return getattr(torch, name)
 
 
 def hide_progress_bars() -> None:

@@ -1,0 +1,56 @@
+"""Training states: atomic, safe to load, and of one version."""
+
+import dataclasses
+
+import pytest
+import torch
+from tomoe_training.artifacts.training_state import VERSION, load_state, save_state
+from tomoe_training.budget import Widths
+
+CPU = torch.device("cpu")
+
+
+def test_saved_state_is_loaded(tmp_path):
+    file = tmp_path / "state.pt"
+    assert load_state(file, CPU) is None
+    save_state({"step": 3, "weights": {"a": torch.arange(3)}, "name": "x", "widths": None}, file)
+    state = load_state(file, CPU)
+    assert state["weights"]["a"].tolist() == [0, 1, 2]
+    assert (state["step"], state["name"], state["widths"], state["version"]) == (3, "x", None, VERSION)
+    assert [p.name for p in tmp_path.iterdir()] == ["state.pt"]
+
+
+class _Payload:
+    def __reduce__(self):
+        return print, ("executed",)
+
+
+def test_code_in_a_state_is_not_executed(tmp_path, capsys):
+    torch.save({"version": VERSION, "step": _Payload()}, tmp_path / "state.pt")
+    with pytest.raises(ValueError, match="is damaged or from another version"):
+        load_state(tmp_path / "state.pt", CPU)
+    assert "executed" not in capsys.readouterr().out
+
+
+def test_state_of_version_1_is_refused_and_kept(tmp_path):
+    """Its batches and noise follow seeds mixed by primes: continuing would mix two orders of the data."""
+    file = tmp_path / "state.pt"
+    widths = Widths(experts=[8], qk_dims=[8], vo_dims=[8], shift=0.0)
+    torch.save({"step": 2, "widths": widths}, file)  # with the exact budget
+    with pytest.raises(ValueError, match=r"from another version of tomoe; remove it to start this run again"):
+        load_state(file, CPU)
+    torch.save({"step": 2, "widths": None}, file)  # with the penalty
+    with pytest.raises(ValueError, match=r"has training state version 1, this tomoe resumes version 2"):
+        load_state(file, CPU)
+    save_state({"step": 2, "widths": dataclasses.asdict(widths)}, file)
+    assert Widths(**load_state(file, CPU)["widths"]) == widths
+
+
+@pytest.mark.parametrize("size", [0, 5, 200, -20])
+def test_damaged_state_is_named(size, tmp_path):
+    file = tmp_path / "state.pt"
+    save_state({"step": 3, "weights": torch.arange(300)}, file)
+    file.write_bytes(file.read_bytes()[:size])
+    with pytest.raises(ValueError, match=r"state\.pt is damaged"):
+        load_state(file, CPU)
+    assert file.is_file()
