@@ -95,7 +95,7 @@ def test_vllm_without_the_plugin_fails_with_one_line(tmp_path):
     assert result.returncode != 0
     last_line = result.stderr.strip().splitlines()[-1]
     assert last_line.startswith("ImportError: This is a ToMoE checkpoint")
-    assert "pip install tomoe-vllm" in last_line
+    assert "pip install ./tomoe-vllm" in last_line
 
 
 @pytest.mark.process

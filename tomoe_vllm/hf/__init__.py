@@ -1,5 +1,5 @@
-"""The part of ToMoE that is shipped inside every checkpoint: config, equations, reference model.
+"""The part of ToMoE that is shipped inside every checkpoint: config, equations and reference model.
 
-Imports torch and transformers only, and nothing else of this project, so that a checkpoint loads
-with ``trust_remote_code=True`` where the package is not installed.
+It imports only torch and transformers, so that a checkpoint loads with ``trust_remote_code=True`` where this
+package is not installed.
 """

@@ -1,11 +1,9 @@
-"""The config of a ToMoE checkpoint: a base family's own config plus widths, kept dims and budget.
+"""Config of a ToMoE checkpoint: the config of the base family plus widths, kept dims and budget.
 
-A family is one entry of :data:`FAMILIES` (where the gates sit), one config class here and one model
+A family is one entry of :data:`FAMILIES` (the positions of the gates), one config class here and one model
 class in ``modeling_tomoe.py``. See docs/adding_a_family.md.
 """
 
-import inspect
-import sys
 from dataclasses import dataclass
 
 from transformers import LlamaConfig, MistralConfig, PhiConfig, PreTrainedConfig, Qwen2Config, Qwen3Config
@@ -17,14 +15,14 @@ VO_MODES = ("dynamic", "static", "none")
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """Where the gates of one architecture sit: module names inside a decoder layer."""
+    """Positions of the gates in one architecture: module names inside a decoder layer."""
 
-    attention_in: str = "self_attn.q_proj"  # its input is what the value router reads
+    attention_in: str = "self_attn.q_proj"  # its input is the input of the value router
     query: str = "self_attn.q_proj"  # its output is masked: the projection, or the norm after it
     key: str = "self_attn.k_proj"
-    attention_out: str = "self_attn.o_proj"  # its input is masked by the query token's value mask
-    mlp_in: str = "mlp.gate_proj"  # its input is what the expert router reads
-    mlp_out: str = "mlp.down_proj"  # its input is masked by the routed expert
+    attention_out: str = "self_attn.o_proj"  # its input is masked by the value mask of the query token
+    mlp_in: str = "mlp.gate_proj"  # its input is the input of the expert router
+    mlp_out: str = "mlp.down_proj"  # its input is masked by the mask of the token's expert
     num_mlp_matrices: int = 3
 
 
@@ -39,9 +37,9 @@ FAMILIES = {
 
 
 def base_model_type(config: PreTrainedConfig) -> str:
-    """``model_type`` of the dense family of a dense or a ToMoE config.
+    """``model_type`` of the dense family of a dense or ToMoE config.
 
-    Raises ``ValueError`` naming the supported families for any other.
+    Raises ``ValueError`` for an unsupported family or variant.
     """
     model_type = config.model_type.removeprefix("tomoe_")
     if model_type not in FAMILIES:
@@ -77,7 +75,7 @@ def block_shape(config: PreTrainedConfig) -> BlockShape:
 
 
 class ToMoEConfigMixin(PreTrainedConfig):
-    """Adds the ToMoE fields to a base family's config. (transformers makes every config a dataclass.)
+    """Adds the ToMoE fields to the config of a base family. (transformers makes every config a dataclass.)
 
     Raises ``ValueError`` for widths that do not fit the base model.
     """
@@ -87,19 +85,19 @@ class ToMoEConfigMixin(PreTrainedConfig):
     num_experts_per_tok: int = 1
     """Always 1: top-1 routing with gate value 1."""
     expert_intermediate_sizes: list[int] | None = None
-    """Neurons that every expert of layer l keeps; None keeps all."""
+    """Number of neurons that every expert of layer l keeps; None keeps all."""
     qk_head_dims: list[int] | None = None
-    """Q/K dims that every head of layer l keeps (a RoPE pair counts two); None keeps all."""
+    """Number of Q/K dims that every head of layer l keeps (a RoPE pair counts as 2); None keeps all."""
     vo_head_dims: list[int] | None = None
-    """V/O dims that a token uses in layer l: K of the top-K, or the static width; None keeps all."""
+    """Number of V/O dims that a token uses in layer l: K of the top-K, or the static width; None keeps all."""
     vo_mode: str = "dynamic"
     """``dynamic`` (top-K per token), ``static`` (one mask for all tokens) or ``none``."""
     active_ratio: float = 1.0
-    """The budget p: active block parameters / all block parameters are at most this."""
+    """Budget p: upper bound of active block parameters / all block parameters."""
     value_router_dim: int = 128
-    """R, bottleneck of the value router (d_e in the paper)."""
+    """R, bottleneck size of the value router (d_e in the paper)."""
     base_model_hash: str = ""
-    """Fingerprint of the dense tensors this was trained on (training/tomoe_training/artifacts/safetensors_io.py)."""
+    """Fingerprint of the dense tensors that the gates were trained on (safetensors_io.py in tomoe_training)."""
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
@@ -108,7 +106,6 @@ class ToMoEConfigMixin(PreTrainedConfig):
         self.qk_head_dims = self.qk_head_dims or [shape.head_dim] * num_layers
         self.vo_head_dims = self.vo_head_dims or [shape.head_dim] * num_layers
         self._validate_tomoe(shape)
-        _require_plugin_in_vllm(self.architectures)
 
     def _validate_tomoe(self, shape: BlockShape) -> None:
         if self.vo_mode not in VO_MODES:
@@ -134,30 +131,6 @@ class ToMoEConfigMixin(PreTrainedConfig):
                         f"qk_head_dims[{layer}] is {dims}; kept Q/K dims come in RoPE pairs, so it must be even. "
                         "Re-export with --head-dim-multiple 2"
                     )
-
-
-def _require_plugin_in_vllm(architectures: list[str] | None) -> None:
-    """Stop a vLLM that lacks our plugin: its generic backend would serve something else in silence.
-
-    Only where vLLM itself asks for the config: plain transformers code may have imported vllm too.
-    """
-    if not architectures or not architectures[0].startswith("ToMoE") or not _is_called_by_vllm():
-        return
-    # Not an import statement: transformers wants every import of a remote file to be installed.
-    if architectures[0] not in sys.modules["vllm"].ModelRegistry.get_supported_archs():
-        raise ImportError(
-            "This is a ToMoE checkpoint and this vLLM has no ToMoE plugin. Run `pip install tomoe-vllm` "
-            "(and, if VLLM_PLUGINS is set, add `tomoe` to it)."
-        )
-
-
-def _is_called_by_vllm() -> bool:
-    frame = inspect.currentframe()
-    while frame is not None:
-        if frame.f_globals.get("__name__", "").partition(".")[0] == "vllm":
-            return True
-        frame = frame.f_back
-    return False
 
 
 class ToMoELlamaConfig(ToMoEConfigMixin, LlamaConfig):

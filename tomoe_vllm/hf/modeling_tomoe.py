@@ -1,15 +1,16 @@
-"""The readable reference model: a base family's own Hugging Face class with gates on its linears.
+"""The reference model: the Hugging Face class of the base family with gates on its linears.
 
-No forward pass is rewritten. Each mask of the method sits at the edge of a linear that every family has:
+No forward pass is rewritten. Each mask of the method is applied to the input or output of a linear that every
+family has:
 
-    Q/K   output of q_proj and k_proj (a RoPE pair shares its mask, so before or after RoPE is the same)
-    V/O   input of o_proj, by the query token's own mask (eq. 4 read literally)
+    Q/K   output of q_proj and k_proj (a RoPE pair shares its mask, so before and after RoPE are equivalent)
+    V/O   input of o_proj, by the mask of the query token (eq. 4 read literally)
     MLP   input of down_proj, by the mask of the token's expert (the pseudo-MoE of appendix B.3)
 
-With the gates off the model is the dense one (the teacher); with them on it is the converted one. That
-is exact but saves nothing: dense GEMMs run and their output is masked. The fast paths live in vLLM's
-layers. Training's gates (training/tomoe_training/method/gates.py) subclass the two gates here and
-differ only in how a mask comes about.
+With the gates off it is the dense model (the teacher), with the gates on the converted model. The result is
+exact, but nothing is saved: dense GEMMs run and their outputs are masked. The fast implementation is in
+tomoe_vllm/layers. The gates for training (training/tomoe_training/method/gates.py) are subclasses of the two
+gates here and differ only in how they compute the masks.
 """
 
 import torch
@@ -24,13 +25,13 @@ from .tomoe_math import mask_heads, route, top_mask, unpack_signature, value_log
 
 
 class HeadGate(nn.Module):
-    """Masks the head dims of one attention layer; a subclass says which."""
+    """Masks head dims of one attention layer. Subclasses define the masks."""
 
     is_on = True
     _handles: tuple = ()
 
     def query_key_mask(self) -> Tensor | None:
-        """[A], the same for every token and head; None masks nothing."""
+        """[A], the same for all tokens and heads; None masks nothing."""
         raise NotImplementedError
 
     def value_mask(self, hidden_states: Tensor) -> Tensor | None:
@@ -38,7 +39,7 @@ class HeadGate(nn.Module):
         raise NotImplementedError
 
     def attach(self, layer: nn.Module, family: Family) -> None:
-        """Put the gate on one decoder layer; again where its linears were replaced (PEFT wraps them)."""
+        """Attach the gate to one decoder layer; call it again after linears were replaced (PEFT wraps them)."""
         for handle in self._handles:
             handle.remove()
         self._handles = (
@@ -62,7 +63,7 @@ class HeadGate(nn.Module):
 
 
 class ExpertGate(nn.Module):
-    """Masks the neurons of one MLP that a token's expert does not keep; a subclass says which."""
+    """Masks the neurons of one MLP that a token's expert drops. Subclasses define the masks."""
 
     is_on = True
     _handles: tuple = ()
@@ -72,7 +73,7 @@ class ExpertGate(nn.Module):
         raise NotImplementedError
 
     def attach(self, layer: nn.Module, family: Family) -> None:
-        """Put the gate on one decoder layer; again where its linears were replaced (PEFT wraps them)."""
+        """Attach the gate to one decoder layer; call it again after linears were replaced (PEFT wraps them)."""
         for handle in self._handles:
             handle.remove()
         self._handles = (
@@ -90,7 +91,7 @@ class ExpertGate(nn.Module):
 
 
 class ToMoEHeadGate(HeadGate):
-    """The trained head gate: kept Q/K dims, and a router that picks each token's V/O dims."""
+    """Head gate of a checkpoint: kept Q/K dims, and a router that selects each token's V/O dims."""
 
     def __init__(self, config, layer_idx: int):
         super().__init__()
@@ -118,7 +119,7 @@ class ToMoEHeadGate(HeadGate):
 
 
 class ToMoEExpertGate(ExpertGate):
-    """The trained expert gate: a router, and the membership bits of every neuron."""
+    """Expert gate of a checkpoint: a router, and the membership bits of every neuron."""
 
     def __init__(self, config, layer_idx: int):
         super().__init__()
@@ -134,9 +135,9 @@ class ToMoEExpertGate(ExpertGate):
 
 
 class ToMoEModelMixin(PreTrainedModel):
-    """Gives a base family's causal LM its gates: ``layer.self_attn.head_gate``, ``layer.mlp.expert_gate``."""
+    """Adds gates to a causal LM of a base family: ``layer.self_attn.head_gate`` and ``layer.mlp.expert_gate``."""
 
-    # The routers alone: naming the gates would load their uint8 masks as float32 too.
+    # Only the routers: with the names of the gates, their uint8 masks would be loaded as float32 too.
     _keep_in_fp32_modules_strict = [
         "head_gate.value_down", "head_gate.value_norm", "head_gate.value_up", "expert_gate.router",
     ]  # fmt: skip
@@ -149,15 +150,26 @@ class ToMoEModelMixin(PreTrainedModel):
         self.attach_gates()
 
     def attach_gates(self) -> None:
-        """Put the gates on the family's linears; again where these were replaced."""
+        """Attach the gates to the family's linears; call it again after these were replaced."""
         family = family_of(self.config)
         for layer in self.model.layers:
             layer.self_attn.head_gate.attach(layer, family)
             layer.mlp.expert_gate.attach(layer, family)
 
     @classmethod
+    def is_backend_compatible(cls) -> bool:
+        """Called by inference engines that would run the model by their generic transformers backend.
+
+        Raises ``ImportError``: an engine without the ToMoE plugin must not ignore the gates silently.
+        """
+        raise ImportError(
+            "This is a ToMoE checkpoint and this vLLM has no ToMoE plugin. Install tomoe-vllm from its checkout or "
+            "wheel (pip install ./tomoe-vllm) and, if VLLM_PLUGINS is set, add `tomoe` to it."
+        )
+
+    @classmethod
     def from_pretrained(cls, folder, *args, output_loading_info=False, **kwargs):
-        """As for any model, but a checkpoint without its gates is an error: transformers would invent them."""
+        """As for any model, but missing gates raise ``ValueError``: transformers would initialize them."""
         model, info = super().from_pretrained(folder, *args, output_loading_info=True, **kwargs)
         missing = sorted(name for name in info["missing_keys"] if "_gate." in name)
         if missing:
@@ -167,7 +179,7 @@ class ToMoEModelMixin(PreTrainedModel):
         return (model, info) if output_loading_info else model
 
     def set_gates(self, is_on: bool) -> None:
-        """Switch between the converted model (True) and the dense one (False)."""
+        """Switch between the converted model (True) and the dense model (False)."""
         for module in self.modules():
             if isinstance(module, (HeadGate, ExpertGate)):
                 module.is_on = is_on

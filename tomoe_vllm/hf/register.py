@@ -1,4 +1,4 @@
-"""Makes transformers' Auto classes know the ToMoE families; not shipped inside checkpoints."""
+"""Registers the ToMoE families with transformers' Auto classes. Not shipped inside checkpoints."""
 
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -12,7 +12,7 @@ def register_configs() -> None:
 
 
 def register_with_transformers() -> None:
-    """Register config and model classes, so that a checkpoint loads without remote code. Idempotent."""
+    """Register config and model classes: a checkpoint then loads without remote code. Idempotent."""
     from tomoe_vllm.hf.modeling_tomoe import MODEL_CLASSES
 
     register_configs()

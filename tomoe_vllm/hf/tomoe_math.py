@@ -1,13 +1,13 @@
-"""THE EQUATIONS of ToMoE at inference: routing, masks, packing, parameter counts.
+"""The equations of ToMoE at inference: routing, masks, packing and parameter counts.
 
-Pure functions on tensors; their one home. Training's hard limit, the Hugging Face reference model,
-the vLLM layers, the kernels' references and the exporter all call them.
+Pure functions on tensors. Training, the Hugging Face reference model, the vLLM layers, the references of the
+kernels and the exporter all call them.
 
-Shape letters used here and wherever the method is written down:
+Shape letters, used in the whole project:
 
     T tokens (any leading dims)   D hidden_size          F intermediate_size (neurons)
     N experts                     A head_dim             H attention heads, G key/value heads
-    U units of a head: what Q/K pruning keeps or drops as one (a RoPE pair, or a single dim)
+    U units of a head that Q/K pruning keeps or drops: RoPE pairs and single dims
     R width of the value router's bottleneck (d_e in the paper, 128)
 
 Equation numbers are those of ToMoE, arXiv 2501.15316v2.
@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 KEEP_BIAS = 3.0
-"""b of eq. 15: every mask starts almost fully open."""
+"""b of eq. 15: every mask starts almost completely open."""
 
 GUMBEL_MEDIAN = -math.log(math.log(2.0))
 """Median of Gumbel(0, 1), 0.3665: with noise g, P(logit + b + g > 0) > 1/2 iff logit + b + median > 0."""
@@ -37,9 +37,9 @@ def keep_margin(logits: Tensor) -> Tensor:
 
 
 def top_mask(logits: Tensor, width: int) -> Tensor:
-    """Boolean mask of the ``width`` largest logits of the last dimension: exactly that many ones.
+    """Boolean mask of the ``width`` largest logits of the last dimension: exactly ``width`` ones, also with ties.
 
-    Searches the smaller side: where most are kept, it drops the smallest.
+    Searches the smaller side: if most logits are kept, it finds the smallest ones.
     """
     size = logits.shape[-1]
     keeps_most = 2 * width > size
@@ -49,12 +49,12 @@ def top_mask(logits: Tensor, width: int) -> Tensor:
 
 # --------------------------------------------------------------------------- MLP experts, eq. 3, 13
 def route(router_logits: Tensor) -> Tensor:
-    """Expert of each token: the argmax, without noise; its gate value is 1. [T, N] -> [T] int64."""
+    """Expert of each token: the argmax, without noise. Its gate value is 1. [T, N] -> [T] int64."""
     return router_logits.argmax(dim=-1)
 
 
 def pack_signature(expert_masks: Tensor) -> Tensor:
-    """Membership bits of every neuron: bit i of neuron f is set where expert i keeps f.
+    """Membership bits of every neuron: bit i of neuron f is set if expert i keeps f.
 
     ``expert_masks``: [N, F] bool. Returns [F, ceil(N / 8)] uint8, expert 0 in the lowest bit of byte 0.
     """
@@ -77,7 +77,7 @@ def unpack_signature(signature: Tensor, num_experts: int) -> Tensor:
 def head_units(head_dim: int, rotary_dim: int) -> Tensor:
     """Unit of each head dim: dims of one RoPE pair (i, i + rotary_dim / 2) share a unit (appendix A.2).
 
-    The dims past ``rotary_dim`` are not rotated (partial rotary): each is a unit of its own.
+    Dims beyond ``rotary_dim`` are not rotated (partial rotary); each of them is a unit.
     Returns [A] int64 with values in [0, U), U = head_dim - rotary_dim / 2.
     """
     pairs = torch.arange(rotary_dim // 2)
@@ -94,13 +94,13 @@ def value_logits(
 ) -> Tensor:
     """Value/output mask logits of each token (eq. 5), in float32.
 
-    ``Proj_D(GELU(LayerNorm(Proj_E(x) + mean embedding)))``. ``hidden_states``: [T, D], the tensor that
-    q, k and v are projected from; ``down_weight``: [R, D]; ``down_bias``: [R], the mean expert embedding;
+    ``Proj_D(GELU(LayerNorm(Proj_E(x) + mean embedding)))``. ``hidden_states``: [T, D], the input of q_proj,
+    k_proj and v_proj; ``down_weight``: [R, D]; ``down_bias``: [R], the mean expert embedding;
     ``up_weight``: [A, R]. Returns [T, A].
     """
     embedding = F.linear(hidden_states.float(), down_weight.float(), down_bias.float())
     embedding = F.layer_norm(embedding, embedding.shape[-1:], norm_weight.float(), norm_bias.float())
-    # GELU written out: on CPUs with AVX-512 F.gelu takes 40 to 90 us for one token inside vLLM, this takes 12.
+    # Explicit GELU: for one token inside vLLM, F.gelu takes 40 to 90 us on CPUs with AVX-512, this takes 12 us.
     embedding = 0.5 * embedding * (1 + torch.erf(embedding * math.sqrt(0.5)))
     return F.linear(embedding, up_weight.float())
 
@@ -108,8 +108,8 @@ def value_logits(
 def mask_heads(heads: Tensor, mask: Tensor) -> Tensor:
     """Multiply the same [.., A] mask into every head of a flat [.., H * A] (or split [.., H, A]) tensor.
 
-    ``mask``: [A], or one row per token [T, A]. The head count is read off ``heads``, so Q with H heads
-    and K with G heads go through alike.
+    ``mask``: [A], or one row per token [T, A]. The number of heads comes from ``heads``, so that Q with H heads
+    and K with G heads are treated alike.
     """
     head_dim = mask.shape[-1]
     if heads.shape[-1] == head_dim and heads.dim() > mask.dim():
@@ -123,7 +123,7 @@ def mask_heads(heads: Tensor, mask: Tensor) -> Tensor:
 class BlockShape:
     """Sizes of one decoder block, and its parameter counts.
 
-    Embeddings, lm_head, norms and biases are outside the paper's budget; the routers are counted apart.
+    Embeddings, lm_head, norms and biases do not count in the paper's budget. Routers are counted separately.
     """
 
     hidden_size: int
@@ -140,7 +140,7 @@ class BlockShape:
         return self.head_dim - self.rotary_dim // 2
 
     def active_parameters(self, qk_dims: float, vo_dims: float, mlp_width: float):
-        """T(d) of eq. 8 for one block: parameters one token uses. Also takes tensors (R_P's gradient)."""
+        """T(d) of eq. 8 for one block: parameters that one token uses. Also accepts tensors (gradient of R_P)."""
         heads = self.hidden_size * (self.num_heads + self.num_kv_heads)
         return heads * (qk_dims + vo_dims) + self.num_mlp_matrices * self.hidden_size * mlp_width
 
@@ -150,10 +150,10 @@ class BlockShape:
         return int(self.active_parameters(self.head_dim, self.head_dim, self.intermediate_size))
 
     def router_parameters(self, num_experts: int, router_dim: int, vo_mode: str = "dynamic") -> int:
-        """Parameters kept at inference beside the dense ones (appendix A.1): routers and value router.
+        """Parameters at inference in addition to the dense ones (appendix A.1): expert router and value router.
 
-        The paper's count: Proj_E and Proj_D of the value router, and the expert router; LayerNorm and
-        bias (3 R per layer) are left out there and here.
+        As in the paper: Proj_E and Proj_D of the value router, and the expert router. LayerNorm and bias
+        (3 R per layer) are not counted.
         """
         value = self.hidden_size * router_dim + router_dim * self.head_dim if vo_mode == "dynamic" else 0
         return value + self.hidden_size * num_experts
