@@ -69,6 +69,7 @@ def test_assignments_are_typed(assignment, name, value):
         ("schedule=step", "schedule is 'step'; it must be 'constant', 'linear' or 'cosine'"),
         ("dtype=float16", "dtype is 'float16'; it must be 'auto', 'float32' or 'bfloat16'"),
         ("num_experts=0", "num_experts is 0; it must be at least 1"),
+        ("seed=-1", "seed is -1; it must be at least 0"),
         ("batch_size=-1", "batch_size is -1; it must be at least 1"),
         ("sequence_length=1", "sequence_length is 1; it must be at least 2"),
         ("widths_every=-1", "widths_every is -1; it must be at least 0"),

@@ -78,7 +78,7 @@ class RunConfig(MethodSettings):
     """Steps over which the learning rate rises linearly from 0."""
     max_grad_norm: float | None = Field(default=None, gt=0)
     """Gradients are clipped to this norm. Default: no clipping."""
-    seed: int = 0
+    seed: int = Field(default=0, ge=0)
     """Seed of batches, noise and initial weights."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Dtype of the frozen base; auto is bfloat16 on hardware with fast bfloat16 GEMMs."""
@@ -136,7 +136,7 @@ class FinetuneConfig(Settings):
     """Tokens per sequence."""
     batch_size: int = Field(default=2, ge=1)
     """Sequences per step."""
-    seed: int = 0
+    seed: int = Field(default=0, ge=0)
     """Seed of batches and initial weights."""
 
 

@@ -9,6 +9,7 @@ adapter's two files once training is over.
 """
 
 import contextlib
+import dataclasses
 import json
 import math
 import os

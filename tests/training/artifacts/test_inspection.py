@@ -37,7 +37,7 @@ def test_counts_are_those_of_the_tensors(checkpoint):
     assert facts["active_parameters"] == facts["active_block_parameters"] + routers + outside
 
 
-def test_really_read_parameters_are_those_of_the_cut_tensors(checkpoint):
+def test_read_parameters_are_those_of_the_cut_tensors(checkpoint):
     """Row by row of the checkpoint's own matrices: what the layers of vLLM keep of each, and what a token touches."""
     facts, gates, tensors = inspect(checkpoint), load_file(checkpoint / TOMOE_SHARD), _matrices(checkpoint)
     attention = mlp = expert = routers = 0
