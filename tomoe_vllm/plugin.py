@@ -3,7 +3,7 @@
 Architectures are registered by name ("module:Class"), so no model code is imported and no device is initialized before
 vLLM builds a model. vLLM does not catch exceptions of plugins: one raised here would stop every vLLM process on the
 machine, including those that serve other models. A failure is therefore logged in one line, and vLLM then rejects ToMoE
-models (with remote code allowed, the checkpoint's own config explains it: ``_require_plugin_in_vllm``).
+models (with remote code allowed, the checkpoint's own model class explains it: ``is_backend_compatible``).
 """
 
 import logging
