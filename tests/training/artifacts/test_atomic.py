@@ -33,6 +33,7 @@ def test_nothing_is_left_when_the_block_fails(tmp_path, error):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.process
 def test_leftovers_of_killed_processes_are_removed_and_folders_in_use_are_not(tmp_path):
     code = f"""
 import pathlib, time
