@@ -31,7 +31,7 @@ def pytest_xdist_make_scheduler(config, log):
     """``pytest -n 2``: files go to processes whole and in the order above, those that share a server to one."""
     from xdist.scheduler import LoadFileScheduling
 
-    served = "tests/serving/"
+    served = "tests/serving/live/"
 
     class Scheduling(LoadFileScheduling):
         def _split_scope(self, nodeid: str) -> str:

@@ -1,4 +1,4 @@
-"""The server an operator runs: OpenAI-compatible front on vLLM's async engine, with a fixed budget per token.
+"""``tomoe serve``: an OpenAI-compatible server around vLLM's async engine, with a fixed compute budget per token.
 
-``engine.py`` is the only file that imports vllm. The rest is plain ASGI and can be read and tested without it.
+``server/engine.py`` is the only module that uses vLLM. The rest is plain ASGI and is tested without it.
 """

@@ -1,1 +1,1 @@
-"""Which request may run now: queue, measured step time, SLO."""
+"""When a sequence may run: slots, queue, measured step times, and the SLO for the time per output token."""

@@ -1,7 +1,7 @@
-"""Measures the step times of a running engine: at start-up, before the port opens.
+"""Measures the step times of the engine at start-up, before the port opens.
 
-The engine is used as clients use it, so what is measured holds the way through its process and back. Prompts are
-random, so that the prefix cache knows none of them.
+Requests go through the same engine client as those of users, so the times include the communication with the engine's
+process. Prompts are random, so that none is in the prefix cache.
 """
 
 import asyncio
@@ -17,14 +17,14 @@ from tomoe_serving.admission.step_time import StepTimes, interpolate, rising
 logger = logging.getLogger(__name__)
 
 Stream = Callable[[list[int], int], AsyncIterator[int]]
-"""``stream(prompt_ids, new_tokens)`` yields how many tokens came, each time some come."""
+"""``stream(prompt_ids, new_tokens)`` yields the number of new tokens each time some arrive."""
 
 SHORT_PROMPT = 8
 STEPS = 12
-"""Decode steps of one measurement: its median ignores one or two that something else disturbed."""
+"""Decode steps of one measurement. Its median ignores one or two that another process disturbed."""
 
 MAX_SECONDS = 60.0
-"""No larger size is measured once this much time has gone; beyond the last one the curve is extended."""
+"""After this time no larger size is measured; the curve is extrapolated beyond the last one."""
 
 
 async def _arrivals(stream: Stream, prompt: list[int], new_tokens: int) -> list[float]:
@@ -35,7 +35,7 @@ async def _arrivals(stream: Stream, prompt: list[int], new_tokens: int) -> list[
 
 
 async def step_ms(stream: Stream, prompts: list[list[int]], new_tokens: int = STEPS) -> float:
-    """Median time between tokens of the sequence that starts last, while all others decode too."""
+    """Median time between tokens of the sequence that starts last, while all others decode as well."""
     arrivals = await asyncio.gather(*(_arrivals(stream, prompt, new_tokens) for prompt in prompts))
     last = max(arrivals, key=lambda times: times[0])
     gaps = [b - a for a, b in itertools.pairwise(last) if b > a]
@@ -43,7 +43,7 @@ async def step_ms(stream: Stream, prompts: list[list[int]], new_tokens: int = ST
 
 
 async def first_token_ms(stream: Stream, prompt: list[int]) -> float:
-    """Time from a lone prompt to its first token."""
+    """Time from a prompt to its first token, with no other sequence running."""
     start = time.perf_counter()
     return 1000 * ((await _arrivals(stream, prompt, 1))[0] - start)
 
@@ -57,7 +57,16 @@ async def measure_step_times(
     max_model_len: int,
     enough_ms: float | None = None,
 ) -> StepTimes:
-    """Curves up to the engine's limits, or until a step takes ``enough_ms`` or a minute is over."""
+    """Measure step times up to the engine's limits.
+
+    Args:
+        stream: generates with the engine.
+        vocab_size: random prompts are drawn from ``range(vocab_size)``.
+        max_sequences: largest decode batch.
+        max_step_tokens: longest prompt that is prefilled in one step.
+        max_model_len: context of the model, in tokens.
+        enough_ms: larger sizes are not measured once a step takes twice as long.
+    """
     randomness = random.Random(0)
     deadline = time.monotonic() + MAX_SECONDS
 
@@ -68,9 +77,9 @@ async def measure_step_times(
     steps = min(STEPS, max_model_len - short - 1)
     decode: list[tuple[int, float]] = []
     for size in _doubling(1, max_sequences):
-        await step_ms(stream, [prompt(short) for _ in range(size)], 3)  # kernels and buffers of this size
+        await step_ms(stream, [prompt(short) for _ in range(size)], 3)  # warm-up at this size
         decode.append((size, await step_ms(stream, [prompt(short) for _ in range(size)], steps)))
-        logger.info("%d sequences: %.1f ms a step", *decode[-1])
+        logger.info("%d sequences: %.1f ms per step", *decode[-1])
         if time.monotonic() > deadline or (enough_ms and decode[-1][1] > 2 * enough_ms):
             break
     prefill: list[tuple[int, float]] = []
@@ -88,7 +97,7 @@ async def measure_step_times(
 async def _kv_ms_per_token(
     stream: Stream, prompt: Callable[[int], list[int]], times: StepTimes, max_model_len: int, short: int
 ) -> float:
-    """What a token of context costs: a lone sequence with a long context against a short one."""
+    """Time that a token of context adds to a step: a single sequence with a long context against a short one."""
     long = min(max_model_len - STEPS - 1, 1024)
     if long < 4 * short:
         return 0.0

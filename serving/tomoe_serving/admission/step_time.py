@@ -1,12 +1,12 @@
-"""Step time as a function of the tokens in a step: what a fixed budget per token makes predictable.
+"""Model of the step time as a function of the number of tokens in the step.
 
-Every token costs the same active parameters whatever the input, so a step's time depends on how many tokens it
-holds (and, for attention, on how much context they look at), not on what they say. Two curves are measured,
-because a decoding sequence pays more per token than a prefill chunk does (its own logits and sampling):
+Every token uses the same number of active parameters, so the time of a step depends on how many tokens it holds and,
+through attention, on their context, but not on which tokens they are. Two curves are measured, because a decoding
+sequence costs more per token than a prefill chunk (its logits and sampling):
 
     step_ms(n, c, kv) = decode(n) + prefill(n + c) - prefill(n) + kv_ms_per_token * kv
 
-with n decoding sequences, c prompt tokens beside them, and kv tokens of context beyond the measured one.
+with n decoding sequences, c prompt tokens in the same step, and kv tokens of context beyond that of the measurement.
 """
 
 import json
@@ -16,11 +16,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 Points = tuple[tuple[int, float], ...]
-"""(size, milliseconds), sizes ascending."""
+"""(size, milliseconds) by ascending size."""
 
 
 def interpolate(points: Points, size: float) -> float:
-    """Piecewise linear; below the first point its value, beyond the last one the last slope (never falling)."""
+    """Piecewise linear. Constant below the first point; beyond the last one the last slope, at least 0."""
     if len(points) == 1 or size <= points[0][0]:
         return points[0][1] * (1.0 if len(points) > 1 else max(1.0, size / points[0][0]))
     right = min(max(bisect_left([x for x, _ in points], size), 1), len(points) - 1)
@@ -29,7 +29,7 @@ def interpolate(points: Points, size: float) -> float:
 
 
 def rising(points: Sequence[tuple[int, float]]) -> Points:
-    """Measured points with noise removed that would make more work look faster."""
+    """Running maximum of measured points, which removes noise that would make a larger size faster."""
     highest, result = 0.0, []
     for size, ms in sorted(points):
         highest = max(highest, ms)
@@ -42,9 +42,9 @@ class StepTimes:
     """Measured milliseconds of a step.
 
     Attributes:
-        decode: (sequences, ms): each gets one token.
-        prefill: (prompt tokens, ms): one sequence's first token after a prompt of that length.
-        kv_ms_per_token: what one more token of context adds to a step.
+        decode: (sequences, ms) of steps in which each sequence gets one token.
+        prefill: (prompt tokens, ms) from a prompt to its first token.
+        kv_ms_per_token: time that one more token of context adds to a step.
     """
 
     decode: Points
@@ -52,15 +52,15 @@ class StepTimes:
     kv_ms_per_token: float = 0.0
 
     def decode_ms(self, sequences: int, context_tokens: float = 0.0) -> float:
-        """A step of ``sequences`` tokens that look at ``context_tokens`` in all."""
+        """Time of a decode step of ``sequences`` with ``context_tokens`` in total."""
         return interpolate(self.decode, sequences) + self.kv_ms_per_token * context_tokens
 
     def prefill_ms(self, tokens: int) -> float:
-        """What ``tokens`` of a prompt add to the running sequences' steps."""
+        """Time that a prompt of ``tokens`` adds to the steps of the running sequences."""
         return max(0.0, interpolate(self.prefill, tokens) - interpolate(self.prefill, 1))
 
     def largest(self, points: Points, limit_ms: float, most: int) -> int:
-        """Largest size up to ``most`` whose time is within ``limit_ms``; 0 if none is."""
+        """Largest size up to ``most`` whose time is at most ``limit_ms``; 0 if there is none."""
         low, high = 0, most
         while low < high:
             middle = (low + high + 1) // 2
@@ -74,37 +74,36 @@ class StepTimes:
 
 @dataclass(frozen=True)
 class Limits:
-    """What may run at once: sequences, and tokens in one step (decode and prompt together)."""
+    """What can run at once: sequences, and tokens in one step (decode and prefill together)."""
 
     max_sequences: int
     max_step_tokens: int
 
 
 def limits_for(times: StepTimes, slo_ms: float, *, max_sequences: int, max_step_tokens: int) -> Limits:
-    """The largest limits that keep decoding within ``slo_ms``.
+    """The largest limits with which a decode step, and a prefill chunk, each take at most ``slo_ms``.
 
-    Sequences: decode alone stays within it. Tokens per step: one prefill chunk takes at most ``slo_ms``, so no
-    single step takes more than twice that; how often such steps come is the admission's business.
+    No step then takes more than twice ``slo_ms``. How often prefill slows a step down is limited by ``PrefillBucket``.
 
-    Raises ``ValueError`` if even one sequence alone is too slow.
+    Raises ``ValueError`` if one sequence alone takes longer.
     """
     sequences = times.largest(times.decode, slo_ms, max_sequences)
     if not sequences:
         alone = times.decode_ms(1)
-        raise ValueError(f"--tpot-slo-ms {slo_ms:g} cannot be kept: one stream alone needs {alone:.1f} ms per token")
+        raise ValueError(f"--tpot-slo-ms {slo_ms:g} is not possible: a single stream takes {alone:.1f} ms per token")
     chunk = times.largest(times.prefill, slo_ms, max_step_tokens)
     return Limits(sequences, min(max_step_tokens, max(chunk, 2 * sequences, 16)))
 
 
 @dataclass(frozen=True)
 class Profile:
-    """Step times with what they were measured for: they hold for no other ``key``."""
+    """Step times and the ``key`` they were measured for."""
 
     key: dict[str, object]
     times: StepTimes
 
     def write(self, file: Path) -> None:
-        """Write it whole or not at all."""
+        """Write the file atomically."""
         file.parent.mkdir(parents=True, exist_ok=True)
         temporary = file.with_name(f"{file.name}.tmp")
         temporary.write_text(json.dumps({"key": self.key} | asdict(self.times), indent=1) + "\n")
@@ -121,14 +120,14 @@ class Profile:
             return cls(dict(data["key"]), StepTimes(decode, prefill, float(data["kv_ms_per_token"])))
         except (ValueError, KeyError, TypeError, UnicodeDecodeError) as error:
             raise ValueError(
-                f"{file} is not a step-time profile: remove it, and the next start measures anew"
+                f"{file} is not a step-time profile; remove it to measure again at the next start"
             ) from error
 
     def require(self, key: dict[str, object], file: Path) -> None:
-        """Raise ``ValueError`` naming the first difference if the profile is for something else."""
+        """Raise ``ValueError`` that names the first difference if the profile was measured for another key."""
         for name, value in key.items():
             if self.key.get(name) != value:
                 raise ValueError(
-                    f"{file} was measured with {name} {self.key.get(name)!r}, this is {value!r}: "
-                    "remove it or name another --profile"
+                    f"{file} was measured with {name} {self.key.get(name)!r}, but it is {value!r} now: "
+                    "remove the file or give another --profile"
                 )

@@ -1,1 +1,1 @@
-"""Routes beside vLLM's own: budget, experts, the playground; and the same for bare ``vllm serve``."""
+"""Routes beside vLLM's: budget, experts, playground; also as a plugin for bare ``vllm serve``."""

@@ -1,8 +1,8 @@
-"""The experts' Prometheus metrics, shown on ``/metrics`` behind vLLM's own.
+"""Prometheus metrics of the experts, appended to vLLM's text on ``/metrics``.
 
-Why not a stat logger of vLLM's: it is told what the scheduler knows, and experts are chosen in the workers. Why not the
-default registry: with several API servers vLLM sums the registries of its processes, and each of them would report the
-same engine. So a scrape asks the engine (``ExpertClient``), and its absolute values are appended to vLLM's text.
+They are neither a stat logger of vLLM nor in the default registry. A stat logger gets the scheduler's values, but
+experts are chosen in the workers. With several API servers vLLM adds up the registries of its processes, and each would
+report the same engine. A scrape therefore reads the counts from the engine (``ExpertClient``).
 """
 
 from collections.abc import Iterator
@@ -24,14 +24,14 @@ class ExpertCollector(Collector):
         report = self.report
         tokens = CounterMetricFamily(
             "tomoe_expert_tokens",
-            "Tokens (a count) that the layer's router sent to the expert since the start: prompts and answers, without "
-            "padding and without what the prefix cache had.",
+            "Tokens (a count) that the layer's router sent to the expert since the start, of prompts and outputs, "
+            "without padding and tokens found in the prefix cache.",
             labels=["layer", "expert"],
         )
         imbalance = GaugeMetricFamily(
             "tomoe_expert_load_imbalance",
-            "Tokens of the layer's busiest expert over the mean of its experts (a ratio, 1 is even), over all tokens "
-            "since the start.",
+            "Tokens of the layer's busiest expert over the mean of its experts (a ratio, 1 is balanced), over all "
+            "tokens since the start.",
             labels=["layer"],
         )
         union = GaugeMetricFamily(
@@ -42,8 +42,8 @@ class ExpertCollector(Collector):
         )
         paths = CounterMetricFamily(
             "tomoe_step_path",
-            "Forward passes (a count) since the start by the way they took through the MLP's weights: masked (all of "
-            "them), shared_rows on CPUs, shared_gather, shared_dense or shared_grouped on GPUs, fused (vLLM's MoE).",
+            "Forward passes (a count) since the start by the execution path of the MLP: masked (vLLM's linear layers), "
+            "shared_rows on CPUs, shared_gather, shared_dense or shared_grouped on GPUs, fused (vLLM's MoE).",
             labels=["path"],
         )
         for layer, row in enumerate(report.tokens):

@@ -1,7 +1,7 @@
-"""What the workers counted, put together: one report for the whole model, in the form that the API answers.
+"""Merges the counts of all workers into one report of the model: the response models of the API.
 
-Every worker answers about its own layers (pipeline parallelism) and its own share of the neurons (tensor parallelism).
-Tokens are the same on all ranks of a layer and are taken from the first; neurons are added up.
+Each worker has its own layers (pipeline parallelism) and its own share of the neurons (tensor parallelism). Token
+counts are the same on all ranks of a layer and are taken from the first; neuron counts are added up.
 """
 
 from collections.abc import Iterable
@@ -11,25 +11,25 @@ from typing import Any
 from pydantic import BaseModel, Field
 
 NOT_COMPUTED = 255
-"""What a worker writes for a token that the prefix cache had."""
+"""Value in a worker's trace for a token found in the prefix cache."""
 
 
 class ExpertReport(BaseModel):
-    """Counts since the server started, of every token that was computed: prompts, answers, tokens computed again."""
+    """Counts of all tokens computed since the server started: prompts, outputs, recomputation after preemption."""
 
     num_layers: int
     num_experts: int
     num_steps: int = Field(description="Forward passes of the model")
-    num_tokens: int = Field(description="Tokens that passed the model")
+    num_tokens: int = Field(description="Tokens computed")
     tokens: list[list[int]] = Field(description="Tokens of each layer and expert: [layers][experts]")
     load_imbalance: list[float | None] = Field(
-        description="Most tokens of an expert over the mean, per layer: 1 is even, the number of experts is one for "
-        "all; null before the first token"
+        description="Tokens of the busiest expert over the mean, per layer. 1 is balanced; the number of experts if "
+        "one expert has all tokens; null before the first token"
     )
     neuron_union_ratio: list[float] = Field(
-        description="Share of a layer's neurons that a step touches, averaged over about 64 recent steps"
+        description="Share of a layer's neurons that a step uses, averaged over about 64 recent steps"
     )
-    step_paths: dict[str, int] = Field(description="Steps by the way they took through the MLP's weights")
+    step_paths: dict[str, int] = Field(description="Forward passes by execution path of the MLP")
 
 
 class ExpertTrace(BaseModel):
@@ -38,16 +38,16 @@ class ExpertTrace(BaseModel):
     id: str
     start: int
     num_prompt_tokens: int
-    num_cached_tokens: int = Field(description="Tokens at the start that the prefix cache had: they were not computed")
-    num_tokens: int = Field(description="Positions seen so far; the last token of an answer is never fed back")
+    num_cached_tokens: int = Field(description="Tokens at the start found in the prefix cache and not computed")
+    num_tokens: int = Field(description="Positions computed so far; the last output token is never fed back")
     is_finished: bool
     experts: list[list[int] | None] = Field(
-        description="For each position the expert at each layer; null where the token was not computed"
+        description="The expert of each position at each layer; null for a token that was not computed"
     )
 
 
 def _stages(answers: Iterable[dict[str, Any]]) -> list[list[dict[str, Any]]]:
-    """Answers by pipeline stage in the order of the layers, each in the order of its ranks."""
+    """Responses by pipeline stage, in the order of layers and ranks."""
     ordered = sorted(answers, key=lambda answer: (answer["first_layer"], answer["tensor_parallel_rank"]))
     return [list(ranks) for _, ranks in groupby(ordered, key=lambda answer: answer["first_layer"])]
 
@@ -58,13 +58,13 @@ def _row(part: dict[str, Any], index: int) -> bytes:
 
 
 def imbalance(tokens: list[int]) -> float | None:
-    """Most tokens of an expert over the mean; None without tokens."""
+    """Tokens of the busiest expert over the mean; ``None`` without tokens."""
     total = sum(tokens)
     return max(tokens) * len(tokens) / total if total else None
 
 
 def merge_counts(answers: Iterable[dict[str, Any]]) -> ExpertReport:
-    """One report of all workers' ``tomoe_expert_counts``."""
+    """Merge the workers' ``tomoe_expert_counts``."""
     stages = _stages(answers)
     first = stages[0][0]
     tokens = [row for ranks in stages for row in ranks[0]["tokens"]]
@@ -86,9 +86,9 @@ def merge_counts(answers: Iterable[dict[str, Any]]) -> ExpertReport:
 
 
 def merge_trace(trace_id: str, start: int, answers: Iterable[dict[str, Any] | None]) -> ExpertTrace | None:
-    """One trace of all workers' ``tomoe_expert_trace``; None if no worker knows the id.
+    """Merge the workers' ``tomoe_expert_trace``; ``None`` if no worker has the id.
 
-    Stages of a pipeline may be a step apart: what all of them have is answered.
+    Pipeline stages may be a step apart; the trace ends at the last position that all of them have.
     """
     stages = _stages(answer for answer in answers if answer is not None)
     if not stages:

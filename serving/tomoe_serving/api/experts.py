@@ -1,14 +1,15 @@
-"""Experts made visible: ``/v1/tomoe/experts``, traces of single requests, metrics beside vLLM's, and the page at ``/``.
+"""Routes for expert statistics and traces, and the playground.
 
     GET /v1/tomoe/experts                      counts since the start (``ExpertReport``)
     GET /v1/tomoe/experts/traces/{id}?start=N  experts of one request's tokens (``ExpertTrace``)
-    GET /metrics                               vLLM's, and ours behind them
+    GET /metrics                               vLLM's metrics, followed by those of the experts
     GET /                                      the playground
 
-A request is traced when it asks: ``"vllm_xargs": {"tomoe_trace": ID}`` in its body, with an id that the client makes up
-and nobody can guess (whoever knows it, and has a key, can read the trace; it holds expert numbers, no text).
+A request is traced if its body has ``"vllm_xargs": {"tomoe_trace": ID}``. The client chooses the id and makes it hard
+to guess: every client that has a key and the id can read the trace, which holds expert numbers and no text.
 
-The engine must run with :data:`ENGINE_ARGUMENTS`; without them the page chats, and the rest says that it is off.
+The engine must run with :data:`ENGINE_ARGUMENTS`. Without them the playground still chats, and the other routes respond
+with 404.
 """
 
 from collections.abc import AsyncIterator, Iterator
@@ -31,8 +32,8 @@ ENGINE_ARGUMENTS: dict[str, object] = {
     "worker_extension_cls": "tomoe_vllm.observability.worker_extension.ExpertExtension",
     "additional_config": '{"tomoe_expert_statistics": true}',
 }
-"""Flags of vLLM's engine (``--worker-extension-cls``, ``--additional-config``), without which its workers do not count.
-Values are as on a command line."""
+"""Flags of vLLM's engine (``--worker-extension-cls``, ``--additional-config``) that make its workers count. Values are
+as on a command line."""
 
 METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -52,16 +53,13 @@ class ErrorBody(BaseModel):
 
 ERRORS: dict[int | str, dict[str, Any]] = {
     400: {"model": ErrorBody, "description": "A parameter is not valid"},
-    404: {"model": ErrorBody, "description": "Expert statistics are off, or there is no such trace"},
-    503: {"model": ErrorBody, "description": "The engine does not answer now"},
+    404: {"model": ErrorBody, "description": "Expert statistics are off, or the trace does not exist"},
+    503: {"model": ErrorBody, "description": "The engine does not respond now"},
 }
 
 
-def attach_experts(app: FastAPI, engine_client: Any, settings: object) -> None:
-    """Add the routes and the page to vLLM's ``app`` and make the workers count once it starts.
-
-    ``engine_client``: vLLM's; ``settings``: the server's, none of which is needed today.
-    """
+def attach_experts(app: FastAPI, engine_client: Any) -> None:
+    """Add the routes and the playground to ``app``, and make the workers count once it starts."""
     client = ExpertClient(engine_client)
     app.include_router(_routes(client))
     app.include_router(playground.router)
@@ -72,21 +70,22 @@ def attach_experts(app: FastAPI, engine_client: Any, settings: object) -> None:
 def _routes(client: ExpertClient) -> APIRouter:
     router = APIRouter(prefix="/v1/tomoe/experts", tags=["ToMoE"], responses=ERRORS)
 
-    @router.get("", summary="Tokens per expert, load imbalance, neurons touched, paths taken")
+    @router.get("", summary="Tokens per expert, load imbalance, neurons used, execution paths")
     async def experts() -> ExpertReport:
-        with _answered():
+        with _http_errors():
             return await client.report()
 
-    @router.get("/traces/{trace_id}", summary="The expert of every token of a request that asked for a trace")
+    @router.get("/traces/{trace_id}", summary="The expert of every token of a traced request")
     async def trace(
         trace_id: Annotated[str, Path(min_length=1, max_length=128)],
-        start: Annotated[int, Query(ge=0, le=1_000_000, description="First position to answer")] = 0,
+        start: Annotated[int, Query(ge=0, le=1_000_000, description="First position of the response")] = 0,
     ) -> ExpertTrace:
-        with _answered():
+        with _http_errors():
             found = await client.trace(trace_id, start)
         if found is None:
             raise HTTPException(
-                404, 'there is no such trace: send the request with "vllm_xargs": {"tomoe_trace": ID}, and ask in time'
+                404,
+                'no such trace: send a request with "vllm_xargs": {"tomoe_trace": ID}; only the newest are kept',
             )
         return found
 
@@ -94,8 +93,8 @@ def _routes(client: ExpertClient) -> APIRouter:
 
 
 @contextmanager
-def _answered() -> Iterator[None]:
-    """Turns :class:`ExpertsUnavailableError` into an HTTP answer."""
+def _http_errors() -> Iterator[None]:
+    """Turn :class:`ExpertsUnavailableError` into an HTTP error."""
     try:
         yield
     except ExpertsUnavailableError as error:
@@ -103,7 +102,10 @@ def _answered() -> Iterator[None]:
 
 
 def _append_metrics(app: FastAPI, client: ExpertClient) -> None:
-    """Put a ``/metrics`` before vLLM's that answers with vLLM's text and ours behind it."""
+    """Add a ``/metrics`` that responds with vLLM's text and the experts' after it.
+
+    Starlette takes the first route that matches and has no way to replace one, so the new route goes to the front.
+    """
     own = next((r.endpoint for r in app.routes if isinstance(r, APIRoute) and r.path == "/metrics"), None)
 
     async def metrics(request: Request) -> Response:
@@ -116,7 +118,10 @@ def _append_metrics(app: FastAPI, client: ExpertClient) -> None:
 
 
 def _start_with(app: FastAPI, client: ExpertClient) -> None:
-    """Start counting when the app starts, before its first request."""
+    """Start counting when the app starts, before its first request.
+
+    A lifespan is given to an app when it is made, and vLLM makes this one under ``vllm serve``; so it is wrapped.
+    """
     lifespan = app.router.lifespan_context
 
     @asynccontextmanager

@@ -1,4 +1,4 @@
-"""The OpenAPI document says which errors the layers in front of a route can answer."""
+"""Adds the errors of the layers in front of the routes to the OpenAPI document."""
 
 from typing import Any
 
@@ -23,15 +23,15 @@ ERROR_SCHEMA = {
 }
 
 EVERYWHERE = {
-    400: "The request is malformed or asks for what cannot be served",
-    401: "The API key is missing or not known",
-    404: "No such model, response or route",
-    405: "The route does not take this method",
-    503: "The server drains or its engine has died; see Retry-After",
+    400: "The request is malformed or not supported",
+    401: "The API key is missing or not valid",
+    404: "The model, response or route does not exist",
+    405: "The route does not support this method",
+    503: "The server is stopping or its engine has died; see Retry-After",
 }
 WITH_BODY = {
     408: "The body did not arrive in time",
-    413: "The body is larger than the server takes",
+    413: "The body is larger than the limit",
     429: "The queue is full; see Retry-After",
     500: "The engine failed on this request",
 }
@@ -39,7 +39,7 @@ PROBES = {"/health", "/ready", "/metrics"}
 
 
 def document_errors(app: FastAPI) -> None:
-    """Make ``app.openapi()`` name every status that the layers of app.py answer."""
+    """Make ``app.openapi()`` list every status that the layers of ``server/app.py`` can respond with."""
     generate = app.openapi
 
     def openapi() -> dict[str, Any]:
@@ -62,9 +62,9 @@ def _with_errors(document: dict[str, Any]) -> dict[str, Any]:
                 continue
             statuses = EVERYWHERE | (WITH_BODY if method in ("post", "put", "patch", "delete") else {})
             for status, text in statuses.items():
-                answer = {"description": text, "content": {"application/json": {"schema": schema}}}
-                responses[str(status)] = answer
+                response = {"description": text, "content": {"application/json": {"schema": schema}}}
+                responses[str(status)] = response
             if method == "post":
-                # vLLM answers what FastAPI would answer with 422 as 400.
+                # vLLM responds with 400 where FastAPI would respond with 422.
                 responses.pop("422", None)
     return document

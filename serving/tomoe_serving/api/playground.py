@@ -1,4 +1,4 @@
-"""The page at ``/``: plain files of ``page/``, served with a policy that lets them talk to this server alone."""
+"""The playground at ``/``: the files of ``page/``, with a policy that limits them to requests to this server."""
 
 from pathlib import Path
 
@@ -20,7 +20,7 @@ MEDIA_TYPES = {
     ".js": "text/javascript; charset=utf-8",
     ".svg": "image/svg+xml",
 }
-"""Written out: what the system's tables say of .js differs between machines."""
+"""Not from the system's tables, which differ in the type of .js."""
 
 router = APIRouter(include_in_schema=False)
 
@@ -38,5 +38,5 @@ def page() -> FileResponse:
 @router.api_route("/static/playground/{name}", methods=["GET", "HEAD"])
 def asset(name: str) -> FileResponse:
     if name not in {file.name for file in PAGE.iterdir() if file.suffix in MEDIA_TYPES}:
-        raise HTTPException(404, f"the page has no file {name}")
+        raise HTTPException(404, f"the playground has no file {name}")
     return _file(name)

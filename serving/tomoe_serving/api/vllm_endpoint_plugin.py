@@ -37,9 +37,7 @@ class ToMoEEndpoints:
 
         from tomoe_serving.api.experts import attach_experts
         from tomoe_serving.server.engine import bare_budget
-        from tomoe_serving.server.settings import ServerSettings
 
-        settings = ServerSettings(checkpoint=Path(args.model))
-        self.source = bare_budget(engine_client, args, inspect(settings.checkpoint))
+        self.source = bare_budget(engine_client, args, inspect(Path(args.model)))
         assert self.app is not None
-        attach_experts(self.app, engine_client, settings)
+        attach_experts(self.app, engine_client)

@@ -1,1 +1,1 @@
-"""ASGI middleware around vLLM's app, one class a file."""
+"""ASGI layers around the app, one class a file."""

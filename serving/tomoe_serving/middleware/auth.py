@@ -1,4 +1,4 @@
-"""API keys: several, known by their hash only."""
+"""API keys. The server knows their hashes only."""
 
 import hashlib
 import hmac
@@ -10,14 +10,14 @@ from tomoe_serving.middleware.errors import RequestRefusedError, send_error
 
 OPEN_PATHS = {"/", "/health", "/ready", "/metrics", "/favicon.ico"}
 OPEN_PREFIXES = ("/static/",)
-"""What a probe, Prometheus and a browser fetch without a key. The page itself asks for the key."""
+"""Paths without a key: probes, Prometheus, and the playground, which has a field for the key."""
 
 
 class ApiKeyMiddleware:
-    """ASGI layer: 401 unless ``Authorization: Bearer KEY`` (or ``x-api-key: KEY``) matches a hash.
+    """Answers 401 unless ``Authorization: Bearer KEY`` or ``x-api-key: KEY`` matches a hash.
 
     Args:
-        hashes: ``sha256:HEX`` of each key; none switches the check off.
+        hashes: ``sha256:HEX`` of each key; an empty list disables the check.
     """
 
     def __init__(self, app: ASGIApp, *, hashes: list[str]) -> None:
@@ -25,7 +25,7 @@ class ApiKeyMiddleware:
         self.digests = [bytes.fromhex(entry.removeprefix("sha256:")) for entry in hashes]
 
     def is_known(self, key: str) -> bool:
-        """Whether a key is one of ours; compares with all of them, each in constant time."""
+        """Whether a key is valid. It is compared with every hash, each in constant time."""
         digest = hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
         matches = [hmac.compare_digest(digest, known) for known in self.digests]
         return any(matches)
@@ -39,7 +39,7 @@ class ApiKeyMiddleware:
             key = headers.get("x-api-key", "")
         if self.is_known(key.strip()):
             return await self.app(scope, receive, send)
-        problem = "the API key is not known" if key else "an API key is needed: Authorization: Bearer KEY"
+        problem = "the API key is not valid" if key else "an API key is required: Authorization: Bearer KEY"
         await send_error(send, RequestRefusedError(401, problem, headers={"www-authenticate": "Bearer"}))
 
 

@@ -1,7 +1,7 @@
-"""Request bodies: read whole within a deadline and a size, and refused here if they are not sound JSON.
+"""Request bodies: limits of size and time, and validation of JSON.
 
-vLLM reads bodies with Python's json, which takes NaN, Infinity and lone surrogates; they come back as a 500 from
-somewhere deeper. msgspec is strict (RFC 8259) and costs microseconds.
+vLLM parses bodies with Python's json, which accepts NaN, Infinity and lone surrogates; they cause a 500 later. msgspec
+follows RFC 8259 strictly and takes microseconds.
 """
 
 import asyncio
@@ -15,13 +15,13 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from tomoe_serving.middleware.errors import RequestRefusedError, send_error
 
 DISCARD_BYTES = 256 << 20
-"""How much of an over-long body is read and thrown away so that the client can read its 413; then it is cut."""
+"""How much of a body that is too large is read and discarded, so that the client can read its 413."""
 
 DECODED_BODY = "tomoe.body"
-"""Key in the ASGI scope under which later layers find the decoded JSON."""
+"""Key in the ASGI scope of the decoded JSON, for later layers."""
 
 MAX_DEPTH = 100
-"""Deepest nesting of a JSON body. A JSON schema of a real tool nests below 20."""
+"""Deepest nesting of a JSON body. JSON schemas of real tools nest less than 20 levels."""
 
 
 class ClientGoneError(Exception):
@@ -29,12 +29,12 @@ class ClientGoneError(Exception):
 
 
 class BodyMiddleware:
-    """ASGI layer that reads the body before the app is called.
+    """Reads and checks the whole body before the app is called.
 
     Args:
-        max_bytes: larger bodies get 413, also chunked ones.
-        timeout: seconds for the whole body; then 408.
-        max_tokens: largest value of a request's token limit (the model's context); larger ones get 400.
+        max_bytes: larger bodies get 413, chunked ones as well.
+        timeout: seconds for the whole body; after that 408.
+        max_tokens: context of the model; a request with a larger token limit gets 400.
     """
 
     def __init__(self, app: ASGIApp, *, max_bytes: int, timeout: float, max_tokens: int) -> None:
@@ -87,7 +87,7 @@ class BodyMiddleware:
 
     def _decode(self, body: bytes) -> Any:
         try:
-            body.decode()  # all of it: msgspec stops at the first broken string and calls it truncated
+            body.decode()  # msgspec would report invalid UTF-8 as truncated JSON
             value = msgspec.json.decode(body)
         except UnicodeDecodeError as error:
             raise RequestRefusedError(400, f"the body is not valid UTF-8 at byte {error.start}") from None
@@ -110,7 +110,7 @@ class BodyMiddleware:
 
 
 def _depth_exceeds(value: Any, limit: int) -> bool:
-    """Whether lists and objects are nested deeper than ``limit``; level by level, so it cannot overflow."""
+    """Whether lists and objects are nested deeper than ``limit``. Goes level by level, without recursion."""
     level = [value]
     for _ in range(limit):
         level = [

@@ -1,4 +1,4 @@
-"""OpenAI error bodies, as one ASGI response and as the exception that carries one."""
+"""OpenAI error bodies, the exception that carries one, and the ASGI response."""
 
 import json
 from collections.abc import Mapping
@@ -21,7 +21,7 @@ TYPES = {
 
 
 class RequestRefusedError(Exception):
-    """A request that is answered with an OpenAI error body: ``status`` and one sentence."""
+    """A request that is refused with an HTTP ``status`` and one sentence."""
 
     def __init__(
         self, status: int, message: str, *, param: str | None = None, headers: Mapping[str, str] | None = None
@@ -34,7 +34,7 @@ class RequestRefusedError(Exception):
 
 
 def error_type(status: int) -> str:
-    """Name of an error as vLLM and OpenAI write it."""
+    """Name of an error in vLLM's and OpenAI's error bodies."""
     return TYPES.get(status) or HTTPStatus(status).phrase.replace(" ", "") + "Error"
 
 
@@ -45,7 +45,7 @@ def error_body(status: int, message: str, param: str | None = None) -> bytes:
 
 
 async def send_error(send: Send, error: RequestRefusedError) -> None:
-    """Answer a request that no handler has answered yet."""
+    """Send the error as the response of a request that has none yet."""
     body = error_body(error.status, error.message, error.param)
     headers = {"content-type": "application/json", "content-length": str(len(body))} | error.headers
     raw = [(name.encode(), value.encode()) for name, value in headers.items()]

@@ -1,4 +1,4 @@
-"""Outermost layer: every request gets an id and one line in the log."""
+"""Request ids and the access log."""
 
 import logging
 import re
@@ -14,10 +14,11 @@ _ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 
 
 class RequestLogMiddleware:
-    """ASGI layer. A client's X-Request-Id is kept if it is short and plain, else replaced; vLLM then uses it too.
+    """Outermost layer: gives every request an id and writes one log line for it.
 
-    The id is sent back in X-Request-Id. The log line holds method, path, status, durations and sizes, and the
-    body only with ``log_prompts``.
+    A client's X-Request-Id is kept if it has at most 128 letters, digits, dots, dashes and underscores, otherwise it
+    is replaced. vLLM uses the id as well, and the response returns it. The log line holds method, path, status,
+    durations and sizes, and the request body only with ``log_prompts``.
     """
 
     def __init__(self, app: ASGIApp, *, log_prompts: bool = False) -> None:
@@ -33,11 +34,11 @@ class RequestLogMiddleware:
         headers = [(name, value) for name, value in scope["headers"] if name != b"x-request-id"]
         scope = {**scope, "headers": [*headers, (b"x-request-id", request_id.encode())]}
         facts: dict[str, object] = {"status": 0, "bytes": 0}
-        asked = bytearray()
+        body = bytearray()
 
-        async def receive_and_keep() -> Message:
+        async def receive_and_copy() -> Message:
             message = await receive()
-            asked.extend(message.get("body", b""))
+            body.extend(message.get("body", b""))
             return message
 
         async def send_with_id(message: Message) -> None:
@@ -50,7 +51,7 @@ class RequestLogMiddleware:
             await send(message)
 
         try:
-            await self.app(scope, receive_and_keep if self.log_prompts else receive, send_with_id)
+            await self.app(scope, receive_and_copy if self.log_prompts else receive, send_with_id)
         finally:
             client = scope.get("client")
             facts |= {
@@ -60,8 +61,8 @@ class RequestLogMiddleware:
                 "client": client[0] if client else None,
                 "duration_ms": _since(start),
             }
-            if self.log_prompts and asked:
-                facts["body"] = asked.decode(errors="replace")
+            if self.log_prompts and body:
+                facts["body"] = body.decode(errors="replace")
             logger.info("%s %s %s", scope["method"], scope["path"], facts["status"], extra=facts)
 
 

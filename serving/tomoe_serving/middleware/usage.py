@@ -1,7 +1,7 @@
-"""``active_parameters_per_token`` in the ``usage`` of a response, streamed or whole.
+"""Adds ``active_parameters_per_token`` to the ``usage`` of responses, streamed or not.
 
-Opt-in (``--report-active-parameters``, or the header ``X-ToMoE-Usage: active-parameters`` on one request),
-because OpenAI's schema does not have the field. Works on the bytes that vLLM's routes send, whichever they are.
+Opt-in, because OpenAI's schema does not have the field: ``--report-active-parameters`` for all requests, or the header
+``X-ToMoE-Usage: active-parameters`` for one. It works on the response bytes, so it covers all of vLLM's routes.
 """
 
 import json
@@ -15,7 +15,12 @@ FIELD = "active_parameters_per_token"
 
 
 class UsageMiddleware:
-    """ASGI layer: adds :data:`FIELD` beside the token counts of every usage object of an answer."""
+    """Adds :data:`FIELD` to every usage object of a response.
+
+    Args:
+        active_parameters: value of the field.
+        always: for every request, not only for those with the header.
+    """
 
     def __init__(self, app: ASGIApp, *, active_parameters: int, always: bool) -> None:
         self.app = app
@@ -23,9 +28,9 @@ class UsageMiddleware:
         self.always = always
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        is_asked = scope["type"] == "http" and scope["method"] == "POST"
-        is_asked = is_asked and (self.always or Headers(scope=scope).get(HEADER, "") == VALUE)
-        if not is_asked:
+        is_wanted = scope["type"] == "http" and scope["method"] == "POST"
+        is_wanted = is_wanted and (self.always or Headers(scope=scope).get(HEADER, "") == VALUE)
+        if not is_wanted:
             return await self.app(scope, receive, send)
         start: Message = {}
         held = bytearray()

@@ -1,4 +1,4 @@
-// Talks to this server: JSON, and the server-sent events of a streamed chat. The key stays in this tab.
+// Requests to this server: JSON, and server-sent events of a streamed chat. The API key is kept for this tab only.
 
 const KEY = "tomoe-api-key";
 
@@ -24,19 +24,19 @@ async function failure(response) {
     const body = await response.json();
     message = body.error?.message ?? body.error ?? body.detail ?? message;
   } catch {
-    // The body was not JSON: the status line says what there is to say.
+    // The body is not JSON: keep the status line.
   }
   return new ApiError(response.status, typeof message === "string" ? message : JSON.stringify(message));
 }
 
-/** JSON of a GET; throws ApiError. Paths are relative, so that a server behind a prefix works. */
+/** JSON of a GET; throws ApiError. Paths are relative, so a server behind a path prefix works. */
 export async function get(path) {
   const response = await fetch(path, { headers: headers() });
   if (!response.ok) throw await failure(response);
   return response.json();
 }
 
-/** Chunks of a streamed chat completion, in order; throws ApiError, also for an error inside the stream. */
+/** Chunks of a streamed chat completion; throws ApiError, also for an error event in the stream. */
 export async function* chat(body, signal) {
   const response = await fetch("v1/chat/completions", {
     method: "POST",
@@ -63,7 +63,7 @@ export async function* chat(body, signal) {
   }
 }
 
-/** An id that nobody guesses. Not crypto.randomUUID: browsers offer that on https and localhost only. */
+/** A random id. crypto.randomUUID exists on https and localhost only. */
 export function randomId() {
   return Array.from(crypto.getRandomValues(new Uint8Array(16)), (byte) => byte.toString(16).padStart(2, "0")).join("");
 }

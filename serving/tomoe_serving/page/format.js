@@ -1,4 +1,4 @@
-// Numbers as people read them.
+// Formats of numbers, and elements.
 
 const PLAIN = new Intl.NumberFormat("en", { maximumFractionDigits: 0 });
 const SHORT = new Intl.NumberFormat("en", { notation: "compact", maximumSignificantDigits: 3 });
@@ -20,7 +20,7 @@ export function bytes(value) {
   return `${(value / 1000 ** power).toPrecision(3)} ${units[power]}`;
 }
 
-/** An element with a class and text. */
+/** A new element with a class and text. */
 export function element(name, className = "", text = "") {
   const node = document.createElement(name);
   if (className) node.className = className;
@@ -28,7 +28,7 @@ export function element(name, className = "", text = "") {
   return node;
 }
 
-/** Colour an element as the expert's; null takes the colour away. */
+/** Give an element the colour of an expert; null removes the colour. */
 export function paint(node, expert) {
   if (expert == null) {
     delete node.dataset.expert;

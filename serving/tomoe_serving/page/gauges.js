@@ -1,4 +1,4 @@
-// Latency that this page measures, and the budget that the server reports.
+// Latency, measured in the browser, and the budget that the server reports.
 
 import { bytes, count, element, percent, short, time } from "./format.js";
 import { pair } from "./heat.js";
@@ -6,7 +6,7 @@ import { pair } from "./heat.js";
 const SVG = "http://www.w3.org/2000/svg";
 const BARS = 100;
 
-/** Times of one answer: begin() when it is asked for, token() at each token. */
+/** Times of one answer: call begin() at the request and token() at each token. */
 export class Latency {
   constructor(nodes) {
     this.nodes = nodes;
@@ -60,13 +60,13 @@ export class Latency {
       }),
     );
     const label = gaps.length
-      ? `Time of each of the last ${gaps.length} tokens, at most ${time(highest).join(" ")}`
-      : "Time of each token: no answer yet";
+      ? `Time per token of the last ${gaps.length} tokens, at most ${time(highest).join(" ")}`
+      : "Time per token: no answer yet";
     this.nodes.sparkline.setAttribute("aria-label", label);
   }
 }
 
-/** The least and the most of some numbers, or the one they all are. */
+/** Smallest and largest of some numbers, or one number if they are equal. */
 function range(values, format) {
   const [least, most] = [Math.min(...values), Math.max(...values)];
   return least === most ? format(most) : `${format(least)} to ${format(most)}`;
@@ -84,16 +84,16 @@ function meter(name, share, text) {
   return node;
 }
 
-/** Show the answer of /v1/tomoe/budget. */
+/** Show a response of /v1/tomoe/budget. */
 export function showBudget(node, { cost, capacity, in_use: use }) {
   const share = cost.active_parameters / cost.total_parameters;
   const rows = [
     ["Compute per token", `${short(cost.flops_per_token)} FLOP`],
-    ["Weights of a token's path", bytes(cost.weight_bytes_per_token)],
-    ["KV cache per token, by its layout", range(Object.values(cost.kv_bytes_per_token), bytes)],
+    ["Active weights per token", bytes(cost.weight_bytes_per_token)],
+    ["KV cache per token, by layout", range(Object.values(cost.kv_bytes_per_token), bytes)],
   ];
-  if (use.observed_tpot_ms != null) rows.push(["Time per output token, server", time(use.observed_tpot_ms).join(" ")]);
-  if (capacity.tpot_slo_ms != null) rows.push(["Promised time per output token", time(capacity.tpot_slo_ms).join(" ")]);
+  if (use.observed_tpot_ms != null) rows.push(["Time per output token, mean", time(use.observed_tpot_ms).join(" ")]);
+  if (capacity.tpot_slo_ms != null) rows.push(["Target time per output token", time(capacity.tpot_slo_ms).join(" ")]);
   if (capacity.tokens_per_s != null) rows.push(["Capacity", `${count(capacity.tokens_per_s)} tokens/s`]);
   rows.push(["Sequences running, waiting", `${count(use.running)} of ${count(capacity.max_sequences)}, ${count(use.waiting)}`]);
   const facts = element("dl", "rows");

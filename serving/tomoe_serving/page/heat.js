@@ -1,8 +1,8 @@
-// Heat map of the server's expert load: layers across, experts down.
+// Heat map of the expert load: layers across, experts down.
 
 import { count, element, percent } from "./format.js";
 
-const FULL = 4; // shares of so many times the even one, and above, have the full colour
+const FULL = 4; // a share of this many times the balanced one, or more, has the full colour
 
 export class HeatMap {
   constructor(node, onLayer) {
@@ -42,7 +42,7 @@ export class HeatMap {
     const facts = tokens
       ? [
           ["Busiest expert", `${imbalance[layer].toFixed(2)} × the mean`],
-          ["Neurons that a step touches", percent(union[layer])],
+          ["Neurons used in a step", percent(union[layer])],
         ]
       : [];
     const rows = [
@@ -56,7 +56,7 @@ export class HeatMap {
   #build() {
     const { num_layers: layers, num_experts: experts } = this.report;
     const table = element("table", "heat");
-    const caption = element("caption", "hidden", "Share of each layer's tokens that each expert served");
+    const caption = element("caption", "hidden", "Share of each layer's tokens at each expert");
     const head = element("tr");
     const corner = element("th");
     corner.append(element("span", "hidden", "Expert"));

@@ -1,4 +1,4 @@
-// The page: a conversation, the layer that colours it, and the gauges.
+// The page: conversation, layer slider, latency, budget and expert load.
 
 import { ApiError, chat, get, randomId, setKey } from "./api.js";
 import { count, element, paint, time } from "./format.js";
@@ -23,7 +23,7 @@ const say = (text) => ($("status").textContent = text);
 
 function showKeyField(error) {
   if (!(error instanceof ApiError) || error.status !== 401) return false;
-  $("model").textContent = "This server wants an API key.";
+  $("model").textContent = "This server requires an API key.";
   $("key-form").hidden = false;
   return true;
 }
@@ -134,7 +134,7 @@ function listen(answer) {
   answer.text.addEventListener("focus", () => answer.chosen < 0 && choose(answer, 0));
 }
 
-/** Fetch the trace while the answer runs, and until all of it is there. */
+/** Fetch the trace while the answer is generated, until it is complete. */
 async function follow(answer) {
   for (let quiet = 0; quiet < 12; ) {
     await sleep(TRACE_MS);
@@ -145,7 +145,7 @@ async function follow(answer) {
       if (answer.isDone && trace.is_finished) return;
       quiet = answer.isDone && !trace.experts.length ? quiet + 1 : 0;
     } catch {
-      if (answer.isDone) quiet += 1; // not begun yet, or the engine is in a long step
+      if (answer.isDone) quiet += 1; // not started yet, or the engine is in a long step
     }
   }
 }
@@ -177,7 +177,7 @@ async function send(text) {
     const end = await stream(answer);
     const { ttft, tpot } = latency.end();
     note = `${count(answer.tokens.length)} tokens, first after ${time(ttft).join(" ")}, then ${time(tpot).join(" ")} each`;
-    if (end === "length") note += "; cut at the most tokens";
+    if (end === "length") note += "; stopped at max tokens";
   } catch (error) {
     isError = error.name !== "AbortError";
     note = isError ? `No answer: ${error.message}` : "Stopped";
@@ -191,7 +191,7 @@ async function send(text) {
   say(isError ? note : `Answer complete. ${note}.`);
 }
 
-/** Read one streamed answer; returns why it ended. */
+/** Read one streamed answer; returns its finish reason. */
 async function stream(answer) {
   let end = null;
   const body = {
@@ -199,7 +199,7 @@ async function stream(answer) {
     messages: state.messages,
     temperature: Number($("temperature").value),
     max_tokens: Number($("max-tokens").value),
-    logprobs: true, // for the tokens themselves: one entry each
+    logprobs: true, // one entry per token: chunks may hold several
     ...(state.layers ? { vllm_xargs: { tomoe_trace: answer.traceId } } : {}),
   };
   for await (const chunk of chat(body, state.running.signal)) {
@@ -207,7 +207,7 @@ async function stream(answer) {
     if (!choice) continue;
     const text = choice.delta?.content ?? "";
     const tokens = choice.logprobs?.content ?? [];
-    // With one token in a chunk the chunk's text is right even where a character has several tokens.
+    // The text of a chunk with one token is right even if a character has several tokens.
     if (tokens.length > 1) tokens.forEach((token) => answer.add(token.token));
     else if (tokens.length || text) answer.add(text);
     for (let i = 0; i < Math.max(tokens.length, text ? 1 : 0); i++) latency.token();

@@ -1,4 +1,4 @@
-// One answer: its tokens as coloured text, the trace that colours them, and a table of the same.
+// One answer: its tokens as coloured text and as a table.
 
 import { element, paint } from "./format.js";
 
@@ -10,7 +10,7 @@ export class Answer {
     this.experts = []; // by position in the request: a row of experts, or null
     this.promptTokens = null;
     this.isDone = false;
-    this.isTraced = false; // all of the trace is here
+    this.isTraced = false; // the trace is complete
     this.chosen = -1;
     this.layer = 0;
 
@@ -27,11 +27,11 @@ export class Answer {
     this.#label();
   }
 
-  /** Add a token; its text may be empty (a part of a character). */
+  /** Add a token. Its text may be empty: it can be a part of a character. */
   add(text) {
     const span = element("span");
     span.dataset.index = this.tokens.length;
-    // A line break fills no space of its own: a mark carries its colour.
+    // A line break has no area to colour, so a mark is added.
     for (const part of text.split(/(\n)/)) {
       if (part === "\n") span.append(element("span", "mark", "↵"), "\n");
       else span.append(part);
@@ -41,13 +41,13 @@ export class Answer {
     this.#colour(this.tokens.length - 1);
   }
 
-  /** Take the last token's text away: it only said that the answer ends. */
+  /** Clear the text of the last token, which is the end-of-text token. */
   hideLast() {
     this.tokens[this.tokens.length - 1] = "";
     this.text.lastChild.textContent = "";
   }
 
-  /** The next rows of the trace, from its position experts.length on. */
+  /** Add the rows of the trace from position experts.length on. */
   extend(trace) {
     this.promptTokens = trace.num_prompt_tokens;
     this.isTraced = this.isDone && trace.is_finished;
@@ -73,17 +73,17 @@ export class Answer {
     this.#fillTable();
   }
 
-  /** Experts of token i at every layer, or null: not known yet, or never computed. */
+  /** Experts of token i at every layer; null if unknown or not computed. */
   row(i) {
     return this.promptTokens == null ? null : (this.experts[this.promptTokens + i] ?? null);
   }
 
-  /** The expert of token i at the chosen layer in words. */
+  /** Text for the expert of token i at the selected layer. */
   served(i) {
     const row = this.row(i);
     if (row) return String(row[this.layer]);
     const isLast = i === this.tokens.length - 1;
-    return isLast && this.isTraced ? "none: never fed back to the model" : "not known";
+    return isLast && this.isTraced ? "none: never fed back to the model" : "unknown";
   }
 
   get content() {
@@ -98,7 +98,7 @@ export class Answer {
 
   #label() {
     const size = this.isDone ? `, ${this.tokens.length} tokens` : "";
-    this.text.setAttribute("aria-label", `Answer${size}; arrow keys go from token to token`);
+    this.text.setAttribute("aria-label", `Answer${size}; use the arrow keys to move between tokens`);
     this.text.setAttribute("aria-busy", String(!this.isDone));
   }
 

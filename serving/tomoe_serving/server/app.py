@@ -64,7 +64,7 @@ def build_app(
     app.state = vllm_app.state
     add_probes(app, lambda: state.is_ready and not engine_client.errored, lambda: not engine_client.errored)
     app.include_router(budget_router(lambda: budget))
-    attach_experts(app, engine_client, settings)
+    attach_experts(app, engine_client)
     for path in REFUSED_PATHS:
         app.add_api_route(path, _refuse, methods=["POST"], status_code=400, tags=["refused"])
     document_errors(app)

@@ -1,8 +1,7 @@
-"""HTTP/1.1 as uvicorn speaks it, with what it lacks: a deadline and a size limit for a request's headers.
+"""uvicorn's HTTP/1.1 protocol with a timeout and a size limit for request headers.
 
-uvicorn waits for headers without end, so clients that send one byte now and then (slow loris) hold connections
-for ever; its parser also takes headers of any size. Both are known only where bytes arrive, so this is a
-subclass of its protocol. The body's deadline is an ASGI matter (bodies.py): there an answer can still be given.
+uvicorn has neither: a client that sends one byte now and then (slow loris) holds its connection for ever. Both can only
+be checked where bytes arrive, hence the subclass. The timeout of the body is in ``middleware/body.py``.
 """
 
 import asyncio
@@ -12,11 +11,11 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 from tomoe_serving.middleware.errors import error_body
 
 MAX_HEADER_BYTES = 64 << 10
-"""As nginx's largest default (4 x 16 KiB buffers): far above what any client sends."""
+"""Far above what clients send; nginx's default is half of it (4 buffers of 8 KiB)."""
 
 
 class DeadlineProtocol(HttpToolsProtocol):
-    """A connection that is closed with 408 when headers are late and with 431 when they are too large."""
+    """Closes a connection with 408 if headers are late, with 431 if they are too large."""
 
     header_timeout = 10.0
     _timer: asyncio.TimerHandle | None = None
@@ -51,7 +50,7 @@ class DeadlineProtocol(HttpToolsProtocol):
         super().on_message_complete()
 
     def send_400_response(self, msg: str) -> None:
-        """uvicorn calls it for bytes that are not HTTP."""
+        """Called by uvicorn for bytes that are not HTTP."""
         self._refuse(400, msg)
 
     def _start_timer(self) -> None:
@@ -65,11 +64,11 @@ class DeadlineProtocol(HttpToolsProtocol):
     def _headers_are_late(self) -> None:
         self._timer = None
         if self.cycle is not None and not self.cycle.response_complete:
-            self._start_timer()  # a pipelined request: the answer before it is still being written
+            self._start_timer()  # pipelined: the previous response is still being sent
         elif self._header_bytes:
             self._refuse(408, f"the headers did not arrive within {self.header_timeout:g} s")
         else:
-            self.transport.close()  # nothing was sent: nothing to answer
+            self.transport.close()  # an idle connection needs no response
 
     def _refuse(self, status: int, message: str) -> None:
         if self.transport.is_closing():
@@ -81,5 +80,5 @@ class DeadlineProtocol(HttpToolsProtocol):
 
 
 def protocol_with(header_timeout: float) -> type[DeadlineProtocol]:
-    """The protocol class for ``uvicorn.Config(http=...)``, with its deadline in seconds."""
+    """The protocol class for ``uvicorn.Config(http=...)``; ``header_timeout`` in seconds."""
     return type("DeadlineProtocol", (DeadlineProtocol,), {"header_timeout": header_timeout})

@@ -1,4 +1,4 @@
-"""The listening side: a socket bound early, and uvicorn as we want it."""
+"""The listening socket, bound before the engine starts, and uvicorn's configuration."""
 
 import contextlib
 import socket
@@ -11,22 +11,22 @@ from tomoe_serving.server.http_protocol import protocol_with
 from tomoe_serving.server.settings import ServerSettings
 
 FLUSH_SECONDS = 5.0
-"""Time that cut streams and error bodies have to reach their clients."""
+"""Time for last chunks and error bodies to reach their clients."""
 
 
 class Server(uvicorn.Server):
-    """uvicorn without its own signal handlers: SIGTERM is ours to drain on."""
+    """uvicorn without its signal handlers; :class:`Lifecycle` handles signals."""
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """Leave the signals alone."""
+        """Install no signal handlers."""
         yield
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A bound socket that does not listen yet: the port is ours, and nobody can connect.
+    """A socket that is bound but does not listen yet: the port is reserved, and no client can connect.
 
-    Raises ``OSError`` in one line if it cannot be had.
+    Raises ``OSError`` with a message of one line.
     """
     sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -39,7 +39,7 @@ def bind(host: str, port: int) -> socket.socket:
 
 
 def make_server(app: ASGIApp, settings: ServerSettings) -> Server:
-    """uvicorn around ``app``; it opens no socket of its own."""
+    """uvicorn for ``app``. It is given a bound socket when it starts."""
     return Server(
         uvicorn.Config(
             app,

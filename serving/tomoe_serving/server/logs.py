@@ -1,4 +1,4 @@
-"""One JSON object per line on standard error, for the server, uvicorn and vLLM alike."""
+"""Logging of the server and uvicorn: one JSON object per line, or plain text, on standard error."""
 
 import logging
 import sys
@@ -9,9 +9,9 @@ FIELDS = "%(asctime)s %(levelname)s %(name)s %(message)s"
 
 
 def configure_logging(log_format: str, level: str) -> None:
-    """Set the process's root logger and ours. ``log_format`` is ``json`` or ``text``.
+    """Configure the root logger and that of this package. ``log_format`` is ``json`` or ``text``.
 
-    Ours does without the root's handler: a library that vLLM imports with its app takes that over.
+    The package's logger has its own handler, because a library that vLLM imports replaces the root's.
     """
     handler = logging.StreamHandler(sys.stderr)
     names = {"asctime": "time", "levelname": "level", "name": "logger"}
@@ -22,6 +22,6 @@ def configure_logging(log_format: str, level: str) -> None:
         logger.handlers[:] = [handler]
         logger.setLevel(level.upper())
     logging.getLogger("tomoe_serving").propagate = False
-    # uvicorn's own lines repeat ours (start, stop) or come from us (access).
+    # uvicorn's lines about start and stop repeat ours.
     logging.getLogger("uvicorn.error").setLevel("WARNING")
     logging.getLogger("httpx").setLevel("WARNING")

@@ -1,4 +1,4 @@
-"""Is there room for the weights? Asked before the engine starts: an engine that is killed says nothing."""
+"""Checks that the weights fit in memory before the engine starts. An engine killed for memory leaves no message."""
 
 import contextlib
 from pathlib import Path
@@ -7,11 +7,11 @@ import psutil
 
 CGROUP = Path("/sys/fs/cgroup")
 LIMITS = (("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"))
-"""Files of control groups, version 2 and 1: most bytes, bytes in use."""
+"""(limit, usage) files of control groups, version 2 and version 1."""
 
 
 def free_memory(cgroup: Path = CGROUP) -> int:
-    """Bytes that this process may still take: the machine's or its control group's, whichever are fewer."""
+    """Bytes of host memory that this process can still allocate, within the machine and its control group."""
     free = [psutil.virtual_memory().available]
     for most, used in LIMITS:
         with contextlib.suppress(OSError, ValueError):  # no such file, or "max"
@@ -23,6 +23,6 @@ def require_memory(checkpoint: Path, needed: int, available: int) -> None:
     """Raise ``ValueError`` unless ``needed`` bytes of weights fit on each device."""
     if needed > available:
         raise ValueError(
-            f"{checkpoint} needs {needed / 2**30:.1f} GiB for its weights on each device, {available / 2**30:.1f} GiB "
+            f"{checkpoint} needs {needed / 2**30:.1f} GiB for its weights on each device; {available / 2**30:.1f} GiB "
             "are free: use a larger machine, a smaller --dtype or more devices (-- --tensor-parallel-size N)"
         )

@@ -1,8 +1,6 @@
-"""Workers' answers put together: tokens once, neurons added, layers in order."""
+"""Merging the workers' reports: tokens counted once, neurons added up, layers in order."""
 
 import pytest
-from prometheus_client.parser import text_string_to_metric_families
-from tomoe_serving.api.expert_metrics import exposition
 from tomoe_serving.api.expert_reports import imbalance, merge_counts, merge_trace
 
 from tomoe_vllm.observability.expert_traces import NOT_COMPUTED
@@ -24,7 +22,7 @@ TWO_STAGES = [
 ]
 
 
-def test_ranks_count_tokens_once_and_share_the_neurons():
+def test_tokens_are_taken_from_one_rank_and_neurons_added_up():
     report = merge_counts(TWO_STAGES)
     assert report.tokens == [[2, 2, 2, 2], [8, 0, 0, 0]]
     assert report.load_imbalance == [1.0, 4.0]
@@ -32,7 +30,7 @@ def test_ranks_count_tokens_once_and_share_the_neurons():
     assert (report.num_layers, report.num_experts, report.num_steps, report.num_tokens) == (2, 4, 3, 8)
 
 
-def test_imbalance_without_tokens_is_unknown():
+def test_imbalance_without_tokens_is_none():
     assert imbalance([0, 0]) is None
 
 
@@ -44,7 +42,7 @@ def trace(first_layer, rows, num_tokens, is_finished=True):
     }  # fmt: skip
 
 
-def test_trace_joins_the_layers_of_all_stages_as_far_as_all_have_come():
+def test_trace_joins_the_layers_up_to_the_slowest_stage():
     none = NOT_COMPUTED
     found = merge_trace("t", 0, [trace(2, [none, none, 5, 6, 7, 8], 3), trace(0, [none, none, 1, 2], 2, False), None])
     assert found.experts == [None, [1, 2, 5, 6]]
@@ -53,27 +51,7 @@ def test_trace_joins_the_layers_of_all_stages_as_far_as_all_have_come():
     assert merge_trace("t", 0, [None, None]) is None
 
 
-def test_metrics_can_be_parsed_and_have_help():
-    families = {f.name: f for f in text_string_to_metric_families(exposition(merge_counts(TWO_STAGES)).decode())}
-    assert set(families) == {
-        "tomoe_expert_tokens", "tomoe_expert_load_imbalance", "tomoe_neuron_union_ratio", "tomoe_step_path",
-    }  # fmt: skip
-    assert all(len(family.documentation) > 40 for family in families.values())
-    tokens = {(s.labels["layer"], s.labels["expert"]): s.value for s in families["tomoe_expert_tokens"].samples}
-    assert tokens["1", "0"] == 8
-    assert tokens["0", "3"] == 2
-    assert families["tomoe_expert_tokens"].samples[0].name == "tomoe_expert_tokens_total"
-    paths = {s.labels["path"]: s.value for s in families["tomoe_step_path"].samples}
-    assert paths == {"shared_packed": 1, "shared_streamed": 2}
-
-
-def test_ratios_are_left_out_before_the_first_token():
-    text = exposition(merge_counts([counts(0, 0, [[0, 0, 0, 0]], [0.0])])).decode()
-    assert "tomoe_expert_load_imbalance{" not in text
-    assert 'tomoe_expert_tokens_total{expert="0",layer="0"} 0.0' in text
-
-
 @pytest.mark.parametrize("start", [0, 1])
-def test_trace_answers_from_its_start_on(start):
+def test_trace_begins_at_its_start(start):
     rows = [1, 2, 3, 4]
     assert len(merge_trace("t", start, [trace(0, rows[2 * start :], 2)]).experts) == 2 - start

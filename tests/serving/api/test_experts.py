@@ -35,7 +35,7 @@ def client_of(engine) -> TestClient:
     registry = CollectorRegistry()
     Gauge("vllm_example", "As vLLM shows its own", registry=registry).set(1)
     Instrumentator(registry=registry).expose(app)
-    attach_experts(app, engine, None)
+    attach_experts(app, engine)
     return TestClient(app)
 
 
@@ -63,7 +63,7 @@ def test_metrics_come_behind_vllms():
             404,
             "the workers have no ToMoE extension",
         ),
-        (Engine(error=RuntimeError("EngineDead")), 503, "the engine does not answer: EngineDead"),
+        (Engine(error=RuntimeError("EngineDead")), 503, "the engine does not respond: EngineDead"),
         (None, 503, "the engine is not ready yet"),
     ],
 )
@@ -99,7 +99,7 @@ def test_many_questions_are_one(monkeypatch):
 
 def test_a_long_step_is_answered_with_the_last_report(monkeypatch):
     monkeypatch.setattr(expert_client, "COUNTS_AGE_S", 0.0)
-    monkeypatch.setattr(expert_client, "PATIENCE_S", 0.2)
+    monkeypatch.setattr(expert_client, "RPC_TIMEOUT_S", 0.2)
     engine = Engine()
     client = ExpertClient(engine)
 

@@ -1,146 +1,135 @@
-"""API keys, request log, active parameters in usage, and the gate: each layer alone."""
+"""The app built from vLLM's, with a FastAPI app in place of vLLM's."""
 
-import json
-import logging
+from types import SimpleNamespace
 
 import pytest
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse
+from fastapi.testclient import TestClient
+from starlette.middleware.cors import CORSMiddleware
 from tomoe_serving.admission.controller import AdmissionController
-from tomoe_serving.middleware.admission import AdmissionMiddleware, count_sequences
-from tomoe_serving.middleware.auth import ApiKeyMiddleware
-from tomoe_serving.middleware.body import BodyMiddleware
-from tomoe_serving.middleware.request_log import RequestLogMiddleware
-from tomoe_serving.middleware.usage import UsageMiddleware
-from tomoe_serving.server.settings import hash_key
+from tomoe_serving.server.app import add_layers, build_app
+from tomoe_serving.server.settings import ServerSettings, hash_key
 from tomoe_serving.server.state import ServerState
 
-from tests.helpers.asgi import ask, echo, json_app, stream_app
+ORIGIN = "https://example.org"
 
-KEYS = [hash_key("first"), hash_key("second")]
+
+@pytest.fixture
+def engine_client():
+    async def collective_rpc(method, args=()):
+        return ["expert statistics are off"]
+
+    return SimpleNamespace(errored=False, collective_rpc=collective_rpc)
+
+
+@pytest.fixture
+def vllm_app():
+    """An app with what vLLM's has: routes, state, lifespan, handlers, middleware and a stack that is built already."""
+    app = FastAPI()
+    app.state.name = "tiny"
+
+    @app.get("/v1/models")
+    def models(request: Request):
+        return request.app.state.name
+
+    @app.post("/v1/completions")
+    def completions():
+        raise ValueError("a bad request")
+
+    @app.get("/invocations")
+    def invocations():
+        return "for another launcher"
+
+    app.add_exception_handler(ValueError, lambda request, error: JSONResponse(str(error), 400))
+    app.add_middleware(CORSMiddleware, allow_origins=[ORIGIN])
+    app.middleware_stack = app.build_middleware_stack()
+    return app
+
+
+@pytest.fixture
+def client(vllm_app, engine_client):
+    state = ServerState(is_warm=True)
+    app = build_app(vllm_app, settings=None, state=state, budget=None, engine_client=engine_client)
+    with TestClient(app, raise_server_exceptions=False) as client:
+        client.server_state = state
+        yield client
+
+
+def test_routes_of_vllm_keep_their_state_and_handlers(client):
+    assert client.get("/v1/models").json() == "tiny"
+    response = client.post("/v1/completions", headers={"Origin": ORIGIN})
+    assert (response.status_code, response.json()) == (400, "a bad request")
+    assert response.headers["access-control-allow-origin"] == ORIGIN
 
 
 @pytest.mark.parametrize(
-    ("headers", "status"),
-    [
-        ({}, 401),
-        ({"Authorization": "Bearer first"}, 200),
-        ({"Authorization": "bearer second"}, 200),
-        ({"x-api-key": "second"}, 200),
-        ({"Authorization": "Bearer third"}, 401),
-        ({"Authorization": "Basic first"}, 401),
-        ({"Authorization": f"Bearer {KEYS[0]}"}, 401),  # the hash is no key
-        ({"Authorization": b"Bearer \xe9"}, 401),
-    ],
+    ("method", "path", "status"),
+    [("GET", "/invocations", 404), ("GET", "/docs", 404), ("GET", "/nope", 404), ("PUT", "/v1/models", 405)],
 )
-def test_one_of_several_keys_opens(headers, status):
-    response = ask(ApiKeyMiddleware(echo, hashes=KEYS), headers=headers)
+def test_other_routes_have_openais_error_body(client, method, path, status):
+    response = client.request(method, path)
     assert response.status_code == status
-    if status == 401:
-        assert response.headers["www-authenticate"] == "Bearer"
-        assert response.json()["error"]["type"] == "AuthenticationError"
+    assert response.json()["error"]["code"] == status
+    assert path in response.json()["error"]["message"]
 
 
-@pytest.mark.parametrize(("path", "status"), [("/health", 200), ("/", 200), ("/static/page.js", 200), ("/v1", 401)])
-def test_probes_and_the_page_are_open(path, status):
-    assert ask(ApiKeyMiddleware(echo, hashes=KEYS), "GET", path).status_code == status
+def test_vllms_app_is_not_changed(vllm_app, engine_client):
+    before = list(vllm_app.routes), dict(vllm_app.exception_handlers), vllm_app.middleware_stack
+    build_app(vllm_app, settings=None, state=ServerState(), budget=None, engine_client=engine_client)
+    assert (list(vllm_app.routes), dict(vllm_app.exception_handlers), vllm_app.middleware_stack) == before
 
 
-def test_no_keys_means_open():
-    assert ask(ApiKeyMiddleware(echo, hashes=[])).status_code == 200
+def test_lifespan_of_vllm_runs(engine_client):
+    async def lifespan(app):
+        app.state.is_started = True
+        yield
+
+    vllm_app = FastAPI(lifespan=lifespan)
+    app = build_app(vllm_app, settings=None, state=ServerState(), budget=None, engine_client=engine_client)
+    with TestClient(app):
+        assert vllm_app.state.is_started
 
 
-def test_request_log_has_the_body_only_when_told(caplog):
-    caplog.set_level(logging.INFO)
-    body = b'{"prompt": "a secret"}'
-    for log_prompts in (False, True):
-        response = ask(
-            RequestLogMiddleware(echo, log_prompts=log_prompts), content=body, headers={"x-request-id": "abc"}
-        )
-        assert response.headers["x-request-id"] == "abc"
-    quiet, loud = [record for record in caplog.records if record.name == "tomoe_serving.access"]
-    assert (quiet.request_id, quiet.status, quiet.bytes) == ("abc", 200, len(body))
-    assert "secret" not in str(vars(quiet))
-    assert loud.body == body.decode()
+def test_embeddings_are_refused_with_the_reason(client):
+    response = client.post("/v1/embeddings", json={})
+    assert response.status_code == 400
+    assert "generates text only" in response.json()["error"]["message"]
 
 
-@pytest.mark.parametrize("given", ["", "a" * 200, "a\tb", 'a"b', "é".encode("latin-1")])
-def test_a_strange_request_id_is_replaced(given):
-    got = ask(RequestLogMiddleware(echo), headers={"x-request-id": given}).headers["x-request-id"]
-    assert len(got) == 32
+def test_probes_follow_the_state_and_the_engine(client, engine_client):
+    def statuses():
+        return client.get("/health").status_code, client.get("/ready").status_code
+
+    assert statuses() == (200, 200)
+    client.server_state.is_draining = True
+    assert statuses() == (200, 503)
+    client.server_state.is_draining = False
+    engine_client.errored = True
+    assert statuses() == (503, 503)
 
 
-USAGE = {"prompt_tokens": 1, "completion_tokens": 2}
-ASKED = {"X-ToMoE-Usage": "active-parameters"}
+def test_document_lists_the_served_routes(client):
+    paths = client.get("/openapi.json").json()["paths"]
+    assert {"/v1/models", "/v1/completions", "/v1/tomoe/budget", "/health", "/v1/embeddings"} <= paths.keys()
+    assert "/invocations" not in paths
+    assert "429" in paths["/v1/completions"]["post"]["responses"]
 
 
-def test_usage_of_a_whole_answer_gets_the_field():
-    app = UsageMiddleware(json_app({"usage": USAGE, "text": "é"}), active_parameters=7, always=False)
-    assert ask(app).json() == {"usage": USAGE, "text": "é"}
-    assert ask(app, headers=ASKED).json() == {"usage": USAGE | {"active_parameters_per_token": 7}, "text": "é"}
-
-
-def test_usage_of_the_responses_api_is_one_level_down():
-    app = UsageMiddleware(json_app({"response": {"usage": USAGE}}), active_parameters=7, always=True)
-    assert ask(app).json()["response"]["usage"]["active_parameters_per_token"] == 7
-
-
-def test_usage_of_a_stream_gets_it_however_the_events_are_cut():
-    events = [b'data: {"choices": [{"text": "usage \\n\\n"}]}\n\n', b'data: {"usage": null}\n\n']
-    events += [b'event: x\ndata: {"usage": {"prompt_tokens": 1}}\n\n', b"data: [DONE]\n\n"]
-    whole = b"".join(events)
-    for cut in (events, [whole], [whole[:70], whole[70:105], whole[105:]], [bytes([byte]) for byte in whole]):
-        text = ask(UsageMiddleware(stream_app(cut), active_parameters=7, always=True)).text
-        data = [line[6:] for line in text.split("\n") if line.startswith("data: ")]
-        assert json.loads(data[0])["choices"][0]["text"] == "usage \n\n"
-        assert json.loads(data[2]) == {"usage": {"prompt_tokens": 1, "active_parameters_per_token": 7}}
-        assert data[3] == "[DONE]"
-        assert text.count("\n\n") == 4
-
-
-@pytest.mark.parametrize(
-    ("body", "sequences"),
-    [
-        ({"prompt": "a"}, 1),
-        ({"prompt": [1, 2, 3]}, 1),
-        ({"prompt": ["a", "b"]}, 2),
-        ({"prompt": [[1], [2], [3]], "n": 2}, 6),
-        ({"messages": [], "n": 4}, 4),
-        ({"n": "x"}, 1),
-        (None, 1),
-    ],
-)
-def test_sequences_are_counted_before_vllm_sees_the_request(body, sequences):
-    assert count_sequences(body) == sequences
-
-
-def _gate(app=echo, *, queue_size=2, **condition):
-    admission = AdmissionController(max_sequences=1, queue_size=queue_size)
-    gate = AdmissionMiddleware(app, state=ServerState(is_warm=True, **condition), admission=admission)
-    return BodyMiddleware(gate, max_bytes=10_000, timeout=9, max_tokens=9), gate
-
-
-@pytest.mark.parametrize(("condition", "said"), [({"is_draining": True}, "stopping"), ({"is_dead": True}, "died")])
-def test_a_closed_gate_says_when_to_come_back(condition, said):
-    app, gate = _gate(drain_timeout=12, **condition)
-    response = ask(app, json={})
+def test_layers_are_in_order(client, tmp_path):
+    """A request without a key is logged and refused before its body is read; a key lets the next layer refuse it."""
+    app = add_layers(
+        client.app,
+        settings=ServerSettings(checkpoint=tmp_path, api_keys=[hash_key("key")], max_body_bytes=10),
+        state=ServerState(is_draining=True),
+        admission=AdmissionController(max_sequences=1, queue_size=1),
+        active_parameters=7,
+        max_model_len=100,
+    )
+    with TestClient(app) as outer:
+        key = {"x-api-key": "key"}
+        assert outer.post("/v1/completions", content=b"x" * 99).status_code == 401
+        assert outer.post("/v1/completions", content=b"x" * 99, headers=key).status_code == 413
+        response = outer.post("/v1/completions", content=b"{}", headers=key)
     assert response.status_code == 503
-    assert response.headers["retry-after"] == "12"
-    assert said in response.json()["error"]["message"]
-    assert ask(app, "GET", "/health").status_code == 200
-    assert not gate.state.is_ready
-
-
-def test_a_full_queue_is_a_429_and_leaves_no_trace():
-    app, gate = _gate()
-    with gate.admission.enqueue(3):
-        response = ask(app, json={"prompt": "a"})
-        assert ask(app, "POST", "/tokenize", json={}).status_code == 200
-    assert response.status_code == 429
-    assert int(response.headers["retry-after"]) >= 1
-    assert gate.state.refusals["queue_full"] == 1
-    assert ask(app, json={"prompt": "a"}).status_code == 200
-    assert gate.admission.pending == gate.state.generating == 0
-
-
-def test_what_never_fits_is_a_400_not_a_429():
-    app, _ = _gate()
-    assert ask(app, json={"prompt": ["a"] * 4}).status_code == 400
+    assert len(response.headers["x-request-id"]) == 32
