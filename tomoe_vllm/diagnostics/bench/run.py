@@ -74,7 +74,7 @@ def _bench_engines(results: dict, parts: list[str], shape: str, model: Path | No
             tomoe = folder / "tomoe"
             write_tomoe(model, tomoe)
         results["baseline"] = BASELINE
-        print(f"decode, prefill and memory in vLLM, float32; x is relative to dense: {BASELINE}", file=sys.stderr)
+        print(f"in vLLM, float32; x is the speed of ToMoE relative to {BASELINE}", file=sys.stderr)
         engines, loaded = stack.enter_context(engine.start_engines({"dense": model, "tomoe": tomoe}))
         if "decode" in parts:
             results["decode"] = engine.bench_decode(engines)
