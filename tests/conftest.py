@@ -1,4 +1,4 @@
-"""Fixtures of the fast suite: one thread, no hub, caches in a folder that vanishes."""
+"""Fixtures of all tests: one thread, no model hub, caches in a temporary folder."""
 
 import gc
 import os
@@ -22,13 +22,13 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(items):
-    """Fast tests first: those that start an engine after all others, in their own order."""
+    """Run tests that start an engine after all others; both groups keep their order."""
     items.sort(key=lambda item: item.get_closest_marker("engine") is not None)
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
-    """``pytest -n 2``: files go to processes whole and in the order above, those that share a server to one."""
+    """``pytest -n 2``: whole files go to processes, in the order above; files that share a server go to one."""
     from xdist.scheduler import LoadFileScheduling
 
     served = "tests/serving/live/"
@@ -42,19 +42,19 @@ def pytest_xdist_make_scheduler(config, log):
 
 
 def pytest_collection_finish():
-    """What was imported stays: Python's collector need not pass over it again and again."""
+    """Exempt what was imported from garbage collection: vLLM runs full collections often."""
     gc.collect()
     gc.freeze()
 
 
 def pytest_unconfigure(config):
-    gc.unfreeze()  # else extension modules report what they find alive at the end as leaked
+    gc.unfreeze()  # otherwise extension modules report leaks at exit
     shutil.rmtree(config.hf_home, ignore_errors=True)
 
 
 @pytest.fixture(scope="session", autouse=True)
 def one_thread():
-    """Tiny tensors are slower on more threads, and sums in one order are the same everywhere."""
+    """One thread: faster for small tensors, and the order of sums is the same on every machine."""
     import torch
 
     torch.set_num_threads(1)

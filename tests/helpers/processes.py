@@ -15,11 +15,18 @@ def environment(**more: str) -> dict[str, str]:
     return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": packages} | more
 
 
-def python(*arguments: object, **options) -> subprocess.CompletedProcess:
-    """Run ``python arguments`` to its end with captured text; ``env`` and ``cwd`` as in subprocess."""
-    command = [sys.executable, *map(str, arguments)]
-    options = {"env": environment(), "timeout": 300} | options
-    return subprocess.run(command, capture_output=True, text=True, **options)
+def python(*arguments: object, timeout: float = 300, **options) -> subprocess.CompletedProcess:
+    """Run ``python arguments`` to its end with captured text; ``env`` and ``cwd`` as in subprocess.
+
+    After ``timeout`` seconds it is killed with the processes it started: any of them may hold the pipes open.
+    """
+    process = start_python(*arguments, start_new_session=True, **options)
+    try:
+        out, err = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        raise
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 
 def start_python(*arguments: object, **options) -> subprocess.Popen:

@@ -105,7 +105,7 @@ def prepare(model, config: FinetuneConfig) -> list[nn.Parameter]:
         try:
             from peft import LoraConfig, inject_adapter_in_model
         except ModuleNotFoundError as error:
-            raise ModuleNotFoundError("tomoe finetune needs peft: pip install 'tomoe-vllm[train]'") from error
+            raise ModuleNotFoundError("tomoe finetune needs peft: pip install './tomoe-vllm[train]'") from error
         lora = LoraConfig(
             r=config.rank, lora_alpha=config.alpha, lora_dropout=0.0, bias="none", target_modules=block_linears(model)
         )

@@ -188,7 +188,7 @@ def test_without_lm_eval_the_extra_is_named(run_cli, dense_folder, monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)
     code, _, err = run_cli("eval", "tasks", "--model", dense_folder(), "--tasks", "piqa")
     assert code == 1
-    assert "pip install 'tomoe-vllm[eval]'" in err
+    assert "pip install './tomoe-vllm[eval]'" in err
     assert err.count("\n") == 1
 
 

@@ -45,7 +45,7 @@ Converted from **{config.base_model_name}** by [ToMoE](https://arxiv.org/abs/250
 ## Use
 
 ```
-pip install "tomoe-vllm[gpu]"
+pip install "./tomoe-vllm[gpu]"     # a checkout of ToMoE on vLLM, or its wheel
 vllm serve ./this-folder --trust-remote-code
 ```
 

@@ -111,7 +111,11 @@ def score_with_vllm(folder: Path, blocks: Tensor, dtype: str) -> list[float]:
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "4")
     llm = LLM(str(folder), dtype=dtype, enforce_eager=True, max_model_len=blocks.shape[1] + 1, trust_remote_code=True)
     params = SamplingParams(max_tokens=1, prompt_logprobs=0)
-    outputs = llm.generate([{"prompt_token_ids": block.tolist()} for block in blocks], params, use_tqdm=False)
+    try:
+        outputs = llm.generate([{"prompt_token_ids": block.tolist()} for block in blocks], params, use_tqdm=False)
+    finally:
+        # An engine process that outlives this one keeps its standard output open, and a caller that reads it waits.
+        llm.llm_engine.engine_core.shutdown()
     scores = []
     for output in outputs:
         ids = output.prompt_token_ids

@@ -122,7 +122,7 @@ def _import_lm_eval():
         import lm_eval.tasks
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            f"tomoe eval tasks needs lm-eval ({error}); install it with: pip install 'tomoe-vllm[eval]'"
+            f"tomoe eval tasks needs lm-eval ({error}); install it with: pip install './tomoe-vllm[eval]'"
         ) from error
     return lm_eval
 
