@@ -1,9 +1,9 @@
-"""Builds the C++ kernels (``kernels/**/op.cpp`` and their headers) into one library on first use, and loads it.
+"""Compiles the C++ kernels (``kernels/**/op.cpp`` and their headers) into one library on first use, and loads it.
 
-They use PyTorch's stable ABI, so compiling takes about ten seconds and one build serves any torch of the
-supported range. The library lies in ``~/.cache/tomoe_vllm`` (or ``TOMOE_CACHE_ROOT``) under a name made of
-sources, flags, compiler and torch, so a stale one is never loaded. Where there is no compiler, one line says so and
-every op keeps its plain-torch form.
+The sources use PyTorch's stable ABI only: compiling takes seconds rather than minutes, and they compile against any
+supported torch. The library is not shared between torch versions: it is kept in ``cache_folder()`` under a hash of the
+sources, the compiler, the flags and torch's version, so a stale one is never loaded. Without a compiler one warning is
+logged, and every op keeps its plain-torch implementation.
 """
 
 import fcntl
@@ -24,12 +24,16 @@ from tomoe_vllm.kernels.cache import cache_folder
 logger = logging.getLogger(__name__)
 
 SOURCES = Path(__file__).parent
-FLAGS = ("-std=c++20", "-O3", "-fPIC", "-shared", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-w")
+FLAGS = (
+    *("-std=c++20", "-O3", "-fPIC", "-shared", "-fopenmp", "-fvisibility=hidden"),
+    *("-fno-math-errno", "-fno-trapping-math"),
+    *("-Wall", "-Wextra", "-Wno-psabi"),  # psabi: vectors wider than the ISA's are never passed between functions
+)
 ISA_FLAGS = {
     "AVX512": ("-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mavx2", "-mfma"),
     "AVX2": ("-mavx2", "-mfma"),
 }
-"""By what torch says of this CPU; elsewhere the compiler's portable vectors."""
+"""By torch's name for the CPU's capability; other CPUs use the compiler's portable vectors."""
 
 
 class BuildError(RuntimeError):
@@ -42,11 +46,11 @@ def compiler() -> str | None:
 
 
 def build(isa: str | None = None) -> Path:
-    """Path of the library for ``isa`` (default: this CPU's), compiled if it is not there yet.
+    """Path of the library for ``isa`` (default: this CPU's), compiled unless it is in the cache.
 
-    Several processes may ask at once: one compiles, the others wait for it.
+    Safe to call from several processes: one compiles, the others wait.
 
-    Raises :class:`BuildError` if there is no compiler or it fails.
+    Raises :class:`BuildError` if there is no compiler, if it fails, or if the cache folder cannot be written.
     """
     cxx = compiler()
     if cxx is None:
@@ -76,19 +80,19 @@ def flags_of(isa: str | None = None) -> list[str]:
 
 
 def compile_library(cxx: str, flags: list[str], sources: list[Path], library: Path) -> None:
-    """Compile ``sources`` into ``library``, which appears whole or not at all.
+    """Compile ``sources`` into ``library``, which is replaced atomically.
 
-    Raises :class:`BuildError` with the compiler's first complaint.
+    Raises :class:`BuildError` with the compiler's first error.
     """
     torch_folder = Path(torch.__file__).parent
-    # torch's own OpenMP runtime has the same name as the compiler's and is loaded already: both share its threads.
-    links = [f"-I{torch_folder / 'include'}", f"-L{torch_folder / 'lib'}", "-ltorch_cpu"]
+    # torch's OpenMP runtime has the same name as the compiler's and is loaded already, so both use its threads.
+    links = ["-isystem", str(torch_folder / "include"), f"-L{torch_folder / 'lib'}", "-ltorch_cpu"]
     with tempfile.TemporaryDirectory(dir=library.parent) as folder:
         target = Path(folder) / library.name
         command = [cxx, *flags, *map(str, sources), *links, "-o", str(target)]
         result = subprocess.run(command, capture_output=True, text=True)
         if result.returncode:
-            lines = [line for line in result.stderr.splitlines() if "error" in line] or [
+            lines = [line for line in result.stderr.splitlines() if "error:" in line] or [
                 f"exit code {result.returncode}"
             ]
             raise BuildError(f"{cxx} failed: {lines[0].strip()}")
@@ -97,10 +101,10 @@ def compile_library(cxx: str, flags: list[str], sources: list[Path], library: Pa
 
 @cache
 def load() -> bool:
-    """Make the C++ versions of our ops those that run on CPU tensors. Whether it worked; warns once if not."""
+    """Register the C++ implementations of the ops for CPU tensors. Returns whether that worked; if not, warns once."""
     try:
         torch.ops.load_library(build())
     except (BuildError, OSError) as error:
-        logger.warning("ToMoE runs its CPU kernels in plain torch, slower: %s", error)
+        logger.warning("ToMoE runs its CPU ops in plain torch, which is slower: %s", error)
         return False
     return True

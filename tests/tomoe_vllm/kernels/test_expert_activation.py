@@ -1,4 +1,4 @@
-"""The expert activation against a reference of its own: one token, one neuron, one bit at a time."""
+"""The expert activation against a scalar loop over tokens, neurons and signature bits."""
 
 import math
 
@@ -63,7 +63,7 @@ def test_equals_the_reference(num_tokens, num_neurons, num_experts, is_gated, ex
     assert actual.is_contiguous()
     expected = expected_output(projected, expert_ids, signature, "silu", num_neurons)
     assert_close(actual, expected, LIMITS[dtype])
-    assert torch.equal(projected, before), "the input belongs to the caller"
+    assert torch.equal(projected, before), "the input must not change"
 
 
 @pytest.mark.parametrize("activation", SCALARS)
@@ -104,7 +104,7 @@ def test_tolerance_catches_small_faults(break_it, dtype):
 
 
 def test_traces_once_for_every_number_of_tokens():
-    """A host sync or a data-dependent shape would break the graph; a static token count would recompile."""
+    """A host sync or a data-dependent shape would break the graph; a static number of tokens would recompile."""
     graphs = []
 
     def backend(graph, inputs):
@@ -120,13 +120,13 @@ def test_traces_once_for_every_number_of_tokens():
     assert len(graphs) == 1
 
 
-def test_unknown_activation_is_an_error_that_lists_the_known():
+def test_an_unknown_activation_error_lists_the_known_ones():
     projected, expert_ids, masks, _ = make_case(2, 48, 8, True)
     with pytest.raises(ValueError, match=r"hidden_act is 'swish2'; supported are gelu, .*silu"):
         expert_activation(projected, expert_ids, masks, "swish2")
 
 
-def test_width_that_fits_no_mask_is_an_error():
+def test_a_width_that_fits_no_mask_is_an_error():
     projected, expert_ids, masks, _ = make_case(2, 48, 8, True)
     with pytest.raises(ValueError, match=r"projected has 95 columns; .* 96 .* or 48"):
         expert_activation(projected[:, :95], expert_ids, masks, "silu")

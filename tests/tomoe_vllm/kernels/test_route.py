@@ -1,9 +1,8 @@
-"""tomoe::route in C++: the expert of each token."""
+"""tomoe::route and tomoe::route_recorded in C++."""
 
 import pytest
 import torch
 
-import tomoe_vllm.kernels.route  # noqa: F401  (it defines the ops)
 from tomoe_vllm.kernels import build
 
 
@@ -16,7 +15,7 @@ def compiled():
 
 @pytest.mark.parametrize("experts", [1, 5, 8, 16])
 @pytest.mark.parametrize("tokens", [1, 3, 70])
-def test_routes_as_the_equations_do(tokens, experts):
+def test_routes_are_the_argmax_of_the_logits(tokens, experts):
     generator = torch.Generator().manual_seed(1)
     x, weight = torch.randn(tokens, 75, generator=generator), torch.randn(experts, 75, generator=generator)
     assert torch.equal(torch.ops.tomoe.route(x, weight), (x.double() @ weight.double().T).argmax(-1))
@@ -38,5 +37,5 @@ def test_recorded_routes_are_the_routes(tokens):
 
 
 def test_a_record_too_short_is_refused():
-    with pytest.raises(RuntimeError, match=r"one for each token at least|exceeds dimension size"):
+    with pytest.raises(RuntimeError, match=r"at least one byte per token|exceeds dimension size"):
         torch.ops.tomoe.route_recorded(torch.randn(5, 32), torch.randn(8, 32), torch.zeros(4, dtype=torch.uint8))

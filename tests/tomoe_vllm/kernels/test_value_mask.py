@@ -1,4 +1,4 @@
-"""The value mask in C++ against the equations: the same dims kept, also on ties."""
+"""The value mask in C++ against the reference: the same dims kept, also on ties."""
 
 import pytest
 import torch
@@ -43,13 +43,13 @@ def test_equals_the_reference(tokens, width):
     assert torch.equal(actual != 0, wide != 0)
     assert_close(actual, wide)
     assert ((actual != 0).sum(dim=1) == 3 * width).all()
-    assert torch.equal(case[0], before), "the input belongs to the caller"
+    assert torch.equal(case[0], before), "the input must not change"
 
 
 @pytest.mark.parametrize("head", [32, 64, 128, 130])
 @pytest.mark.parametrize("share", [0.01, 0.3, 0.5, 0.7, 0.99])
 @pytest.mark.parametrize("distinct", [1, 2, 5])
-def test_ties_fall_as_in_the_equations(head, share, distinct):
+def test_ties_are_resolved_as_in_the_reference(head, share, distinct):
     width = max(1, round(head * share))
     case = make_case(6, head=head)
     case[6] = case[6][:distinct].repeat_interleave(-(-head // distinct), dim=0)[:head].round(decimals=1)
@@ -68,7 +68,7 @@ def test_a_token_does_not_depend_on_its_batch():
     assert torch.equal(torch.cat(alone), whole)
 
 
-def test_one_dim_too_few_is_seen():
+def test_one_dim_too_few_is_detected():
     case = make_case(5)
     assert not torch.equal(mask_values(*case, 31) != 0, mask_values_reference(*case, 32) != 0)
 

@@ -1,34 +1,35 @@
-// tomoe::route and route_recorded for CPUs: the expert of each token, argmax of x W^T in float32, the first of equals.
-// One call instead of two; sums have one order for any number of tokens.
+// tomoe::route and tomoe::route_recorded on CPUs, float32: argmax over the experts of x W^T; of equal logits the first.
+//
+// Sums have the same order for any number of tokens. One op instead of a matmul and an argmax.
 #include "../simd/dot_tile.h"
 #include "../simd/tensors.h"
 
 namespace tomoe {
 namespace {
 
-// The experts, and a copy of them as bytes where ``record`` is not null.
+// [T] int64; also written to ``record`` as bytes unless that is null.
 Tensor route_tokens(const Tensor& hidden_states, const Tensor& router_weight, uint8_t* record) {
   STD_TORCH_CHECK(hidden_states.scalar_type() == ScalarType::Float && router_weight.scalar_type() == ScalarType::Float &&
                       router_weight.is_contiguous(),
-                  "tomoe::route on CPU takes float32; hidden_states and a contiguous router_weight must be such");
+                  "tomoe::route on CPU takes float32 hidden_states and a contiguous float32 router_weight");
   const Tensor x = as_contiguous(hidden_states);
   const int64_t tokens = x.size(0), depth = x.size(1), experts = router_weight.size(0);
   const Tensor ids = empty({tokens}, aoti_torch_dtype_int64());
   auto* out = data_of<int64_t>(ids);
   const auto *rows = data_of<const float>(x), *router = data_of<const float>(router_weight);
   const int threads = static_cast<int>(torch::stable::get_num_threads());
-#pragma omp parallel for num_threads(threads) if (tokens >= 64)
+#pragma omp parallel for num_threads(threads) if (tokens >= kRouteThreadTokens)
   for (int64_t t = 0; t < tokens; ++t) {
     const float* token = rows + t * depth;
     float best = -INFINITY;
     int64_t winner = 0;
-    for (int64_t e = 0; e < experts; e += kLoneDotRows) {
-      const int count = static_cast<int>(std::min<int64_t>(kLoneDotRows, experts - e));
-      const float* w[kLoneDotRows];
-      float logits[kLoneDotRows];
-      float* targets[kLoneDotRows];
+    for (int64_t e = 0; e < experts; e += kDecodeRows) {
+      const int count = static_cast<int>(std::min<int64_t>(kDecodeRows, experts - e));
+      const float* w[kDecodeRows];
+      float logits[kDecodeRows];
+      float* targets[kDecodeRows];
       for (int r = 0; r < count; ++r) w[r] = router + (e + r) * depth, targets[r] = logits + r;
-      dot_tile_of(1, count)(w, &token, 0, depth, w, 0, targets, 1, true);
+      dot_tile_of(1, count)({w, &token, 0, depth, nullptr, 0, targets, 1, true});
       for (int r = 0; r < count; ++r)
         if (logits[r] > best) best = logits[r], winner = e + r;
     }
@@ -43,7 +44,7 @@ Tensor route(Tensor hidden_states, Tensor router_weight) { return route_tokens(h
 Tensor route_recorded(Tensor hidden_states, Tensor router_weight, Tensor record) {
   STD_TORCH_CHECK(record.scalar_type() == ScalarType::Byte && record.is_contiguous() && record.dim() == 1 &&
                       record.size(0) >= hidden_states.size(0) && router_weight.size(0) <= 255,
-                  "tomoe::route_recorded takes a record of bytes, one for each token at least, and up to 255 experts");
+                  "tomoe::route_recorded takes a contiguous uint8 record of at least one byte per token, and up to 255 experts");
   return route_tokens(hidden_states, router_weight, data_of<uint8_t>(record));
 }
 

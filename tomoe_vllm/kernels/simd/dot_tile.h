@@ -1,27 +1,37 @@
-// The tile that all CPU kernels sum with: R rows of weights by T tokens, lanes over k.
+// The micro-kernel of dot products: MR = R rows of weights x NR = T tokens, vectorized over k (the columns).
 #pragma once
 #include "vectors.h"
 
 namespace tomoe {
 
-// R rows by T tokens, lanes over k. ``out[r][t * token_stride]`` is set, or added to. Meanwhile the same columns of
-// ``num_next`` rows ``next`` are fetched into L2.
-// A sum's order depends on [begin, end) alone, not on T or R.
+struct DotTileArgs {
+  const float* const* w;         // R rows of weights
+  const float* const* x;         // T rows of activations
+  int64_t begin, end;            // columns of both
+  const float* const* prefetch;  // rows of which the same columns are prefetched into L2
+  int num_prefetch;
+  float* const* out;     // out[r][t * token_stride] is set, or added to
+  int64_t token_stride;  // in floats
+  bool is_first;         // set instead of add
+};
+
+// Every sum has one order, which depends on [begin, end) alone, not on T, R or the tile's position.
 template <int T, int R>
-void dot_tile(const float* const* w, const float* const* x, int64_t begin, int64_t end, const float* const* next,
-              int num_next, float* const* out, int64_t token_stride, bool is_first) {
-  // A loop that is left over reaches sums by number, and they lie on the stack (benchmarks/tile_code.py).
-  static_assert(T <= 16 && R <= 16, "loops over tokens and rows must be unrolled whole");
+void dot_tile(const DotTileArgs& args) {
+  const auto [w, x, begin, end, prefetch, num_prefetch, out, token_stride, is_first] = args;
+  // All loops over tokens and rows must be unrolled: indexed at run time, the sums would be on the stack
+  // (benchmarks/tile_code.py counts that).
+  static_assert(T <= 16 && R <= 16, "the pragmas below unroll up to 16 iterations");
   Vec sums[(R * T + 3) / 4 * 4];
 #pragma GCC unroll 32
   for (int i = 0; i < (R * T + 3) / 4 * 4; ++i) sums[i] = zero();
   int64_t k = begin;
-  for (; k + kWidth <= end; k += kWidth) {
+  for (; k + kLanes <= end; k += kLanes) {
     Vec tokens[T];
 #pragma GCC unroll 16
     for (int t = 0; t < T; ++t) tokens[t] = load(x[t] + k);
     if (k % 16 == 0)
-      for (int n = 0; n < num_next; ++n) __builtin_prefetch(next[n] + k, 0, 2);
+      for (int n = 0; n < num_prefetch; ++n) __builtin_prefetch(prefetch[n] + k, 0, 2);
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
       const Vec row = load(w[r] + k);
@@ -52,10 +62,10 @@ void dot_tile(const float* const* w, const float* const* x, int64_t begin, int64
     }
 }
 
-using DotTile = void (*)(const float* const*, const float* const*, int64_t, int64_t, const float* const*, int,
-                         float* const*, int64_t, bool);
+using DotTile = void (*)(const DotTileArgs&);
 
-template <int T = kDotTokens, int R = (T == 1 ? kLoneDotRows : kDotRows)>
+// The instance for ``tokens`` x ``rows``: one token with up to kDecodeRows rows, others with up to kDotRows.
+template <int T = kDotTokens, int R = (T == 1 ? kDecodeRows : kDotRows)>
 DotTile dot_tile_of(int tokens, int rows) {
   if constexpr (T > 1)
     if (tokens < T) return dot_tile_of<T - 1>(tokens, rows);

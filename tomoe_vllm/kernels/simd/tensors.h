@@ -1,6 +1,7 @@
-// Tensors of torch's stable ABI, as the CPU kernels take and make them.
+// Helpers for tensors of torch's stable ABI.
 //
-// Its own contiguous, empty_like and new_empty look an operator up by name in each call, which one token notices.
+// torch::stable's contiguous, empty_like and new_empty look an operator up by name in each call, which is a measurable
+// part of a call with one token; these do not.
 #pragma once
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/library.h>
@@ -19,7 +20,7 @@ inline Tensor as_contiguous(const Tensor& tensor) {
   return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
 }
 
-// Uninitialized; ``dtype``: of torch's C functions, such as aoti_torch_dtype_float32().
+// Uninitialized and contiguous, on the CPU. ``dtype``: from a C function such as aoti_torch_dtype_float32().
 template <size_t N>
 Tensor empty(const int64_t (&sizes)[N], int32_t dtype) {
   int64_t strides[N];

@@ -1,4 +1,5 @@
-// Vectors of floats for the CPU kernels: AVX-512, or GCC's portable vectors of 8 floats (AVX2 with -mavx2).
+// Vectors of floats and the activations, for all CPU kernels: AVX-512, or the compiler's portable vectors of 8 floats
+// (AVX2 with -mavx2). float32 only; sums in one fixed order for each number of lanes.
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -7,30 +8,15 @@
 #include <utility>
 
 #ifdef __AVX2__
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wuninitialized"  // GCC 12's own headers
 #include <immintrin.h>
+#pragma GCC diagnostic pop
 #endif
+
+#include "tuning.h"
 
 namespace tomoe {
-
-// Floats in a vector. Portable vectors may have as many as AVX-512's, so that its tiles can be tested anywhere.
-#ifndef TOMOE_LANES
-#ifdef __AVX512F__
-#define TOMOE_LANES 16
-#else
-#define TOMOE_LANES 8
-#endif
-#endif
-constexpr int kWidth = TOMOE_LANES;
-
-// What was measured best on each: the sizes of tiles.
-#if TOMOE_LANES == 16
-// 32 registers: a tile of 24 sums leaves room for its operands.
-constexpr int kDotTokens = 4, kDotRows = 6, kLoneDotRows = 12, kLaneVecs = 4, kDownVecs = 4;
-#else
-// 16 registers under AVX2: a tile of 12 sums leaves room for its operands.
-constexpr int kDotTokens = 3, kDotRows = 4, kLoneDotRows = 8, kLaneVecs = 2, kDownVecs = 2;
-#endif
-constexpr int kLaneRows = 6, kDownTokens = 6;
 
 #ifdef __AVX512F__
 using Vec = __m512;
@@ -44,7 +30,7 @@ inline void store(float* p, Vec v) { _mm512_storeu_ps(p, v); }
 inline void store_first(float* p, Vec v, int64_t n) { _mm512_mask_storeu_ps(p, first_lanes(n), v); }
 inline Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
 
-// Sums of four vectors. The tree is the same for each of the four, so a sum does not depend on its place.
+// Sums of four vectors. The tree is the same for each of the four, so a sum does not depend on its index.
 inline void sum4(const Vec* v, float* out) {
   const Vec ab = _mm512_add_ps(_mm512_unpacklo_ps(v[0], v[1]), _mm512_unpackhi_ps(v[0], v[1]));
   const Vec cd = _mm512_add_ps(_mm512_unpacklo_ps(v[2], v[3]), _mm512_unpackhi_ps(v[2], v[3]));
@@ -55,13 +41,17 @@ inline void sum4(const Vec* v, float* out) {
   _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1)));
 }
 #else
-typedef float Vec __attribute__((vector_size(kWidth * sizeof(float))));
+typedef float Vec __attribute__((vector_size(kLanes * sizeof(float))));
 
 inline Vec zero() { return Vec{}; }
 inline Vec load(const float* p) { Vec v; std::memcpy(&v, p, sizeof v); return v; }
-inline Vec load_first(const float* p, int64_t n) { Vec v{}; std::memcpy(&v, p, n * sizeof(float)); return v; }
+inline size_t bytes_of(int64_t n) {  // of the first n floats of a vector
+  if (n < 0 || n > kLanes) __builtin_unreachable();
+  return n * sizeof(float);
+}
+inline Vec load_first(const float* p, int64_t n) { Vec v{}; std::memcpy(&v, p, bytes_of(n)); return v; }
 inline void store(float* p, Vec v) { std::memcpy(p, &v, sizeof v); }
-inline void store_first(float* p, Vec v, int64_t n) { std::memcpy(p, &v, n * sizeof(float)); }
+inline void store_first(float* p, Vec v, int64_t n) { std::memcpy(p, &v, bytes_of(n)); }
 inline Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }  // contracted to one instruction where there is one
 
 #if defined(__AVX2__) && TOMOE_LANES == 8
@@ -78,8 +68,8 @@ inline Vec broadcast(float value) { return Vec{} + value; }
 inline void sum4(const Vec* v, float* out) {
   for (int i = 0; i < 4; ++i) {
     Vec sums = v[i];
-    for (int step = 1; step < kWidth; step *= 2)
-      for (int lane = 0; lane < kWidth; lane += 2 * step) sums[lane] += sums[lane + step];
+    for (int step = 1; step < kLanes; step *= 2)
+      for (int lane = 0; lane < kLanes; lane += 2 * step) sums[lane] += sums[lane + step];
     out[i] = sums[0];
   }
 }
@@ -87,7 +77,8 @@ inline void sum4(const Vec* v, float* out) {
 #endif
 
 // ------------------------------------------------------------------------------------------ activations
-// exp(x) to about 1e-7, without a call or a branch so that loops over it become vector code.
+// exp(x) with a relative error of about 1e-7, clamped to [-87, 88] (a polynomial, as in Cephes). Without a call or a
+// branch, so that the compiler vectorizes loops over it.
 inline float exp_approx(float x) {
   x = std::min(std::max(x, -87.0f), 88.0f);
   const float n = std::floor(x * 1.44269504f + 0.5f);

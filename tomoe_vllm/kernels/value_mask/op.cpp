@@ -1,8 +1,8 @@
-// tomoe::mask_values for CPUs: the value mask of each token (eq. 5) and its product with the attention output.
+// tomoe::mask_values on CPUs, float32: the value mask of each token (eq. 5), applied to the attention output.
 //
 //   logits = W_up GELU(LayerNorm(W_down x + b));  out = attention * (top-K of logits, the same for every head)
 //
-// One call instead of some ten. All sums have one order, whatever the number of tokens or threads.
+// One op instead of about ten. All sums have the same order for any number of tokens or threads.
 #include <utility>
 #include <vector>
 
@@ -14,18 +14,18 @@ namespace {
 
 constexpr float kNormEps = 1e-5f;  // torch.nn.functional.layer_norm's
 
-// ``out[t * stride + r] = w[r] . x[t]`` for rows [begin, end) and up to kDotTokens tokens. The rows of the next tile
-// are fetched meanwhile.
+// ``out[t * stride + r] = w[r] . x[t]`` for rows [begin, end) and up to kDotTokens tokens. Prefetches the rows of the
+// next micro-kernel.
 void project(const float* w, int64_t depth, int64_t begin, int64_t end, const float* const* x, int tokens, float* out,
              int64_t stride) {
   for (int64_t r = begin; r < end; r += kDotRows) {
     const int rows = static_cast<int>(std::min<int64_t>(kDotRows, end - r));
-    const int num_next = static_cast<int>(std::min<int64_t>(kDotRows, end - r - rows));
-    const float *row[kDotRows], *next[kDotRows];
+    const int num_prefetch = static_cast<int>(std::min<int64_t>(kDotRows, end - r - rows));
+    const float *row[kDotRows], *prefetch[kDotRows];
     float* target[kDotRows];
     for (int j = 0; j < rows; ++j) row[j] = w + (r + j) * depth, target[j] = out + r + j;
-    for (int j = 0; j < num_next; ++j) next[j] = row[0] + (rows + j) * depth;
-    dot_tile_of(tokens, rows)(row, x, 0, depth, next, num_next, target, stride, true);
+    for (int j = 0; j < num_prefetch; ++j) prefetch[j] = row[0] + (rows + j) * depth;
+    dot_tile_of(tokens, rows)({row, x, 0, depth, prefetch, num_prefetch, target, stride, true});
   }
 }
 
@@ -38,7 +38,7 @@ void normalize_and_activate(float* x, int64_t size, const float* bias, const flo
   for (int64_t i = 0; i < size; ++i) x[i] = activate<Activation::kGelu>((x[i] - mean) * inverse * scale[i] + shift[i]);
 }
 
-// torch.topk's selection to the letter (ATen/native/TopKImpl.h, sorted=False), so that ties fall as in top_mask.
+// Mirrors the selection of torch.topk (ATen/native/TopKImpl.h, sorted=False), so that ties are resolved as in top_mask.
 void select(const float* logits, int64_t size, int64_t width, std::vector<std::pair<float, int64_t>>& queue,
             float* mask) {
   const bool keeps_most = 2 * width > size;
@@ -78,8 +78,8 @@ Tensor mask_values(Tensor attention, Tensor hidden_states, Tensor down_weight, T
   std::vector<float> embeddings(tokens * rank);
   const int threads = static_cast<int>(torch::stable::get_num_threads());
   const int64_t tiles = (tokens + kDotTokens - 1) / kDotTokens;
-  // Few tokens: an equal share of W_down's rows for each thread, in whole tiles. Many: as many as stay near.
-  const int64_t share = (rank + threads - 1) / threads, rows_at_once = tiles >= 4 * threads ? 48 : share;
+  // Few tokens: an equal share of W_down's rows for each thread, in whole tiles. Many: a block that stays in L2.
+  const int64_t share = (rank + threads - 1) / threads, rows_at_once = tiles >= 4 * threads ? kValueMaskRows : share;
   const int64_t chunk = (rows_at_once + kDotRows - 1) / kDotRows * kDotRows, chunks = (rank + chunk - 1) / chunk;
   const auto token_pointers = [&](const float* rows, int64_t stride, int64_t tile, const float** pointers) {
     const int count = static_cast<int>(std::min<int64_t>(kDotTokens, tokens - tile * kDotTokens));
