@@ -20,6 +20,7 @@ from tests.helpers.tiny_models import save_tiny_model
 from tests.helpers.wheel import build_wheel, install_without_dependencies
 
 START_LIMIT_S = 300
+KEY = "k"
 PACKAGES = ("tomoe_vllm", "tomoe_training", "tomoe_serving")
 
 pytestmark = pytest.mark.process
@@ -90,7 +91,7 @@ def test_plugins_are_imported_beside_foreign_packages(bin_folder, foreign_folder
 
 @pytest.fixture(scope="module")
 def served(bin_folder, tmp_path_factory):
-    """Address of ``vllm serve`` run from an empty folder with a bare environment, and its home."""
+    """Address of ``vllm serve`` with both plugins, run from an empty folder with a bare environment, and its home."""
     folder = tmp_path_factory.mktemp("served")
     save_tiny_model(folder / "checkpoint", "llama")
     empty = folder / "empty"
@@ -102,13 +103,14 @@ def served(bin_folder, tmp_path_factory):
         "PATH": f"{bin_folder}:{os.environ['PATH']}",
         "HOME": str(folder),
         "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_PLUGINS": "tomoe,tomoe_endpoints",
         "HF_HUB_OFFLINE": "1",
     }
     # `vllm` as a module: its script's first line names the environment it was installed into.
     command = [
         bin_folder / "python", "-m", "vllm.entrypoints.cli.main", "serve", folder / "checkpoint",
         "--trust-remote-code", "--host", "127.0.0.1", "--port", str(port), "--dtype", "float32", "--enforce-eager",
-        "--skip-tokenizer-init",
+        "--skip-tokenizer-init", "--api-key", KEY,
     ]  # fmt: skip
     log = (folder / "log.txt").open("w")
     process = subprocess.Popen(command, cwd=empty, env=variables, stdout=log, stderr=log, start_new_session=True)
@@ -134,14 +136,29 @@ def served(bin_folder, tmp_path_factory):
         log.close()
 
 
+def ask(url: str, body: dict | None = None, key: str = KEY) -> dict:
+    data = None if body is None else json.dumps(body).encode()
+    headers = {"Content-Type": "application/json", "Authorization": f"Bearer {key}"}
+    return json.load(urllib.request.urlopen(urllib.request.Request(url, data, headers), timeout=120))
+
+
 @pytest.mark.slow
 @pytest.mark.engine
 def test_wheel_serves_a_checkpoint_from_an_empty_folder(served):
     address, home = served
-    body = json.dumps({"prompt": [5, 17, 42, 8], "max_tokens": 6, "temperature": 0, "return_token_ids": True})
-    request = urllib.request.Request(
-        f"{address}/v1/completions", data=body.encode(), headers={"Content-Type": "application/json"}
-    )
-    reply = json.load(urllib.request.urlopen(request, timeout=120))
-    assert len(reply["choices"][0]["token_ids"]) == 6
+    body = {"prompt": [5, 17, 42, 8], "max_tokens": 6, "temperature": 0, "return_token_ids": True}
+    assert len(ask(f"{address}/v1/completions", body)["choices"][0]["token_ids"]) == 6
     assert not shutil.which("g++") or list((home / ".cache" / "tomoe_vllm").rglob("*.so")), "no kernels were compiled"
+
+
+@pytest.mark.slow
+@pytest.mark.engine
+def test_endpoint_plugin_serves_the_budget_behind_the_key(served):
+    """Without what only ``tomoe serve`` knows: its queue and the measured step time."""
+    address, _ = served
+    budget = ask(f"{address}/v1/tomoe/budget")
+    assert budget["cost"]["active_parameters"] > 0
+    assert budget["capacity"]["queue_size"] is None
+    assert budget["step_time"] is None
+    with pytest.raises(urllib.error.HTTPError, match="401"):
+        ask(f"{address}/v1/tomoe/budget", key="another")

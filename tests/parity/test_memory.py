@@ -75,9 +75,14 @@ def dense(models):
     return serve(models, "dense")
 
 
+@pytest.fixture(scope="module")
+def shared(models):
+    return serve(models, "tomoe", "shared", num_prompts=16)
+
+
 @pytest.mark.parametrize("layout", ["shared", "masked"])
-def test_tomoe_needs_no_more_memory_than_dense(models, dense, layout):
-    tomoe = serve(models, "tomoe", layout)
+def test_tomoe_needs_no_more_memory_than_dense(models, dense, layout, request):
+    tomoe = request.getfixturevalue("shared") if layout == "shared" else serve(models, "tomoe", layout)
     # Compare only what loading added: 500 MB of libraries would hide half a copy of the weights.
     added, allowed = ({key: m["loaded"][key] - m["before"][key] for key in m["loaded"]} for m in (tomoe, dense))
     assert added["RssAnon"] <= 1.05 * allowed["RssAnon"]
@@ -86,9 +91,9 @@ def test_tomoe_needs_no_more_memory_than_dense(models, dense, layout):
     assert tomoe["loaded"]["VmHWM"] <= 1.05 * dense["loaded"]["VmHWM"] + one_layer
 
 
-def test_memory_does_not_grow_with_the_number_of_prompts(models):
+def test_memory_does_not_grow_with_the_number_of_prompts(shared):
     """With norms in plain torch the heap fragments. During the first prompts caches may still grow."""
-    served = serve(models, "tomoe", "shared", num_prompts=16)["served"]
+    served = shared["served"]
     assert served[-1]["RssAnon"] <= 1.03 * served[7]["RssAnon"]
 
 

@@ -16,7 +16,6 @@ pytestmark = pytest.mark.engine
         pytest.param(
             "qwen3", {"num_key_value_heads": 1}, id="q/k norm; the one KV head is replicated", marks=pytest.mark.slow
         ),
-        pytest.param("phi", {}, id="not gated, parallel block, lm_head bias", marks=pytest.mark.slow),
     ],
 )
 def test_two_ranks_agree_with_the_reference(tmp_path, prompts, family, fields):

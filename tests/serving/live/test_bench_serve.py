@@ -14,11 +14,12 @@ NUM_TOKENS = 4
 
 
 @pytest.mark.parametrize(
-    ("backend", "endpoint"),
+    ("live", "backend", "endpoint"),
     [
-        ("openai", "/v1/completions"),
-        pytest.param("openai-chat", "/v1/chat/completions", marks=pytest.mark.slow),
+        ("tiny", "openai", "/v1/completions"),
+        pytest.param("demo", "openai-chat", "/v1/chat/completions", marks=pytest.mark.slow),
     ],
+    indirect=["live"],
 )
 def test_every_request_is_completed(live, tmp_path, backend, endpoint):
     command = ["-m", "vllm.entrypoints.cli.main", "bench", "serve", "--base-url", live.server.url]
