@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 
+SERVED = "tests/serving/live/"
+"""Tests that share the servers of tests/serving/conftest.py."""
+
 
 def pytest_configure(config):
     """Set what libraries read when they are imported, before any test module imports them."""
@@ -22,8 +25,11 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(items):
-    """Run tests that start an engine after all others; both groups keep their order."""
-    items.sort(key=lambda item: item.get_closest_marker("engine") is not None)
+    """Run tests that start an engine after all others, those of the shared servers first among them.
+
+    One process takes all of the latter, so there must be work left for the other.
+    """
+    items.sort(key=lambda item: (item.get_closest_marker("engine") is not None, not item.nodeid.startswith(SERVED)))
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -31,11 +37,9 @@ def pytest_xdist_make_scheduler(config, log):
     """``pytest -n 2``: whole files go to processes, in the order above; files that share a server go to one."""
     from xdist.scheduler import LoadFileScheduling
 
-    served = "tests/serving/live/"
-
     class Scheduling(LoadFileScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            return served if nodeid.startswith(served) else super()._split_scope(nodeid)
+            return SERVED if nodeid.startswith(SERVED) else super()._split_scope(nodeid)
 
     config.option.loadscopereorder = False
     return Scheduling(config, log)
