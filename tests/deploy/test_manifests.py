@@ -1,8 +1,9 @@
-"""The deployment files say what they must; no Docker engine runs here, so they are read, not built."""
+"""Checks of the deployment files by reading them; they are not built, because there is no Docker engine."""
 
 import json
 import re
 import shlex
+import tomllib
 from pathlib import Path
 
 import yaml
@@ -38,7 +39,7 @@ def test_image_is_vllms_of_the_tested_release():
     assert images == ["vllm/vllm-openai:v${VLLM_VERSION} AS build", "vllm/vllm-openai:v${VLLM_VERSION}"]
 
 
-def test_container_runs_as_nobody_of_the_system_and_checks_its_health():
+def test_container_runs_as_its_own_user_and_has_a_health_check():
     found = dict(instructions())
     assert found["USER"] == "tomoe"
     assert "--uid 10001" in next(rest for name, rest in instructions() if name == "RUN" and "useradd" in rest)
@@ -48,19 +49,22 @@ def test_container_runs_as_nobody_of_the_system_and_checks_its_health():
     assert names.index("USER") > max(i for i, name in enumerate(names) if name in ("RUN", "COPY"))
 
 
-def test_everything_that_is_written_lies_in_the_cache():
+def test_all_cache_folders_are_in_the_volume():
     variables = dict(word.split("=", 1) for word in shlex.split(dict(instructions())["ENV"]))
     folders = {name: value for name, value in variables.items() if name.endswith(("HOME", "_DIR", "_ROOT"))}
     assert len(folders) >= 7
     assert all(value.startswith("/cache") for value in folders.values()), folders
 
 
-def test_whole_source_of_the_wheel_is_in_the_build():
+def test_all_packages_of_the_wheel_are_copied_into_the_build():
     copied = {rest.split()[0] for name, rest in instructions() if name == "COPY"}
-    packages = re.search(r"packages = \[(.+)\]", (ROOT / "pyproject.toml").read_text()).group(1)
-    assert set(re.findall(r'"(\w+)"', packages)) <= copied
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    packages = project["tool"]["hatch"]["build"]["targets"]["wheel"]["packages"]
+    folders = {package.partition("/")[0] for package in packages}
+    assert folders == {"tomoe_vllm", "training", "serving"}
+    assert folders <= copied
     ignored = (ROOT / ".dockerignore").read_text().split()
-    assert {f"!{package}" for package in re.findall(r'"(\w+)"', packages)} <= set(ignored)
+    assert {f"!{folder}" for folder in folders} <= set(ignored)
 
 
 def test_every_service_is_read_only_without_capabilities_and_pinned():
@@ -80,7 +84,7 @@ def test_model_is_mounted_read_only_where_the_image_serves_it():
     assert [model["target"]] == json.loads(dict(instructions())["CMD"])
 
 
-def test_files_that_compose_mounts_are_there():
+def test_files_mounted_by_compose_exist():
     for service in COMPOSE["services"].values():
         for volume in service.get("volumes", []):
             if isinstance(volume, str) and volume.startswith("./"):
@@ -99,7 +103,7 @@ def test_prometheus_scrapes_the_server_and_grafana_reads_prometheus():
     assert provider["options"]["path"] in mounts
 
 
-def test_dashboard_has_no_two_panels_in_one_place():
+def test_panels_of_the_dashboard_do_not_overlap():
     taken = set()
     for panel in dashboard()["panels"]:
         box = panel["gridPos"]

@@ -1,4 +1,4 @@
-"""Layers of the server called without a server: one request in, one response out."""
+"""Call an ASGI app without a server."""
 
 import asyncio
 from collections.abc import Callable
@@ -9,13 +9,13 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 
 
 async def echo(scope, receive, send) -> None:
-    """An app that answers with the body it got."""
+    """An app that returns the request body."""
     if scope["type"] == "http":
         await Response(await Request(scope, receive).body())(scope, receive, send)
 
 
-def answering(make: Callable[[], Response]):
-    """An app that always answers with a new ``make()``."""
+def responding(make: Callable[[], Response]):
+    """An app that responds with ``make()``."""
 
     async def app(scope, receive, send) -> None:
         await make()(scope, receive, send)
@@ -24,18 +24,18 @@ def answering(make: Callable[[], Response]):
 
 
 def json_app(value: object):
-    """An app that answers with JSON."""
-    return answering(lambda: JSONResponse(value))
+    """An app that responds with JSON."""
+    return responding(lambda: JSONResponse(value))
 
 
 def stream_app(parts: list[bytes]):
-    """An app that streams server-sent events, in exactly these parts."""
+    """An app that streams server-sent events in these parts."""
 
     async def content():
         for part in parts:
             yield part
 
-    return answering(lambda: StreamingResponse(content(), media_type="text/event-stream"))
+    return responding(lambda: StreamingResponse(content(), media_type="text/event-stream"))
 
 
 def ask(app, method: str = "POST", path: str = "/v1/completions", **request) -> httpx.Response:

@@ -1,4 +1,4 @@
-"""Debian's Chromium without a window, driven by Playwright, and what a page must keep to in it."""
+"""Headless Chromium of Debian, driven by Playwright; contrast and accessibility of a page."""
 
 import shutil
 from collections.abc import Iterator
@@ -46,12 +46,12 @@ CONTRAST = """
   return found;
 }
 """
-"""Contrast of every visible text with what is under it, and the least that WCAG 2 AA allows."""
+"""Contrast of every visible text with its background, and the minimum of WCAG 2 AA."""
 
 
 @contextmanager
 def chromium(profile: Path, scheme: str = "light", width: int = 1360, height: int = 860) -> Iterator:
-    """A browser context with the new, empty profile folder ``profile``."""
+    """A browser context with the empty profile folder ``profile``."""
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
@@ -66,7 +66,7 @@ def chromium(profile: Path, scheme: str = "light", width: int = 1360, height: in
 
 
 def accessible_nodes(page) -> list[dict[str, str]]:
-    """Role and name of every node of Chromium's accessibility tree that is not ignored; ``focusable`` where it is."""
+    """Role, name and ``focusable`` of every node of Chromium's accessibility tree that is not ignored."""
     session = page.context.new_cdp_session(page)
     nodes = session.send("Accessibility.getFullAXTree")["nodes"]
     found = []

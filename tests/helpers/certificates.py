@@ -20,11 +20,11 @@ class Certificate:
 
     @property
     def flags(self) -> tuple[str, ...]:
-        """What ``tomoe serve`` is given."""
+        """Flags for ``tomoe serve``."""
         return ("--tls-cert", str(self.certificate), "--tls-key", str(self.key))
 
     def trusted(self) -> ssl.SSLContext:
-        """A client's context that trusts this certificate and no other."""
+        """A client context that trusts only this certificate."""
         return ssl.create_default_context(cafile=str(self.certificate))
 
 

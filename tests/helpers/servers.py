@@ -1,4 +1,4 @@
-"""A real ``tomoe serve`` process on a tiny checkpoint, and how tests talk to it."""
+"""A ``tomoe serve`` process with a tiny checkpoint, and clients for it."""
 
 import contextlib
 import json
@@ -22,7 +22,7 @@ from tests.helpers.tiny_models import VOCAB_SIZE, save_tiny_model
 START_LIMIT_S = 600
 CHAT_TEMPLATE = "{% for message in messages %}{{ message['content'] }} {% endfor %}"
 MAX_POSITIONS = 8192
-"""Long enough for streams that are still running when a test does something to them."""
+"""Long enough for streams to be still running when a test acts on them."""
 
 
 def save_served_model(folder: Path) -> Path:
@@ -49,7 +49,7 @@ class RunningServer:
         self.headers = {"Authorization": f"Bearer {key}"} if key else {}
 
     def client(self, **options) -> httpx.Client:
-        """A client with the key and a patient timeout; over TLS it trusts what the test trusts."""
+        """A client with the key and a long timeout; over TLS it uses the test's context."""
         options = {"timeout": 120, "verify": self.verify} | options
         return httpx.Client(base_url=self.url, headers=self.headers, **options)
 
@@ -73,13 +73,13 @@ class RunningServer:
         return psutil.Process(self.process.pid).children(recursive=True)
 
     def engine_core(self) -> psutil.Process:
-        """The engine's own process: the child whose children are its workers, or the only one."""
+        """The process of the engine core."""
         children = [p for p in psutil.Process(self.process.pid).children() if "EngineCore" in " ".join(p.cmdline())]
         return children[0]
 
 
 def free_port() -> int:
-    """A port that was free a moment ago."""
+    """A port that is free now."""
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         return sock.getsockname()[1]
@@ -95,10 +95,10 @@ def run_server(
     trust: ssl.SSLContext | None = None,
     **variables: str,
 ) -> Iterator[RunningServer]:
-    """``tomoe serve`` until the block ends. Fails with the end of its log if it does not become ready.
+    """Run ``tomoe serve`` until the block ends. Fails with the end of its log if it does not become ready.
 
     Args:
-        trust: what its clients trust, where ``flags`` give it a certificate.
+        trust: TLS context of the clients, if ``flags`` set a certificate.
     """
     port = free_port()
     command = [sys.executable, "-m", "tomoe_vllm.cli", "serve", str(checkpoint), "--port", str(port), *flags]
@@ -127,7 +127,7 @@ def run_server(
 
 
 def wait_until_ready(server: RunningServer) -> None:
-    """Return when ``/ready`` says 200; fail when the process ends first."""
+    """Return when ``/ready`` is 200; fail if the process ends first."""
     deadline = time.monotonic() + START_LIMIT_S
     while time.monotonic() < deadline:
         if server.process.poll() is not None:
@@ -144,12 +144,12 @@ def eventually(condition, *, seconds: float = 60.0, what: str = "condition") -> 
     deadline = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > deadline:
-            raise AssertionError(f"{what} did not come true in {seconds} s")
+            raise AssertionError(f"{what} was not true within {seconds} s")
         time.sleep(0.1)
 
 
 def in_threads(count: int, function) -> list:
-    """``[function(0), function(1), ...]``, all at once; the first exception is raised."""
+    """``[function(0), function(1), ...]`` in concurrent threads; raises the first exception."""
     results: list = [None] * count
 
     def run(index: int) -> None:

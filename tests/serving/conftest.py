@@ -1,4 +1,4 @@
-"""One server per model for all tests that leave it as they found it; those that break one start their own."""
+"""Running servers, one per model, for tests that leave a server as it was; tests that stop one start their own."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,26 +16,26 @@ TOOLS = ("--enable-auto-tool-choice", "--tool-call-parser", "hermes")
 
 @dataclass(frozen=True, kw_only=True)
 class Live:
-    """A model that is served, and what its own vocabulary makes of a prompt."""
+    """A running server and prompts that suit its model."""
 
     server: "RunningServer" = field(repr=False)
     checkpoint: Path
     prompt: str
-    """Continued by at least 24 tokens at temperature 0."""
+    """At temperature 0 the model continues it by at least 24 tokens."""
     prompts: list[str]
-    """Eight different ones."""
+    """Eight different prompts."""
     choices: tuple[str, str]
     dense_kv_bytes: int
-    """Keys and values of one token in float32 where nothing is pruned, counted by hand."""
+    """Bytes of one token's keys and values in float32 without pruning, counted by hand."""
 
     @property
     def model(self) -> str:
-        """The name it is served under."""
+        """The name under which the model is served."""
         return self.checkpoint.name
 
     @property
     def base_url(self) -> str:
-        """What an OpenAI client is given."""
+        """``base_url`` for an OpenAI client."""
         return f"{self.server.url}/v1"
 
 
@@ -59,7 +59,7 @@ def server(served_model, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def demo(tmp_path_factory) -> Live:
-    """SmolLM2-135M at p = 0.7 behind the same flags: a real tokenizer and chat template."""
+    """SmolLM2-135M at p = 0.7 with the same flags: a real tokenizer and chat template."""
     from tests.helpers.demo_model import save_demo_base, save_demo_checkpoint
     from tests.helpers.servers import run_server
 
@@ -80,7 +80,7 @@ def demo(tmp_path_factory) -> Live:
 
 @pytest.fixture(scope="session", params=["tiny", pytest.param("demo", marks=pytest.mark.slow)])
 def live(request) -> Live:
-    """Both models in turn; each server is started once."""
+    """Each of the models; each server is started once."""
     if request.param == "demo":
         return request.getfixturevalue("demo")
     return Live(

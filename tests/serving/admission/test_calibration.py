@@ -1,4 +1,4 @@
-"""Calibration against an engine whose step time is known: a stream that takes turns on one clock."""
+"""Measurement of an engine whose step times are known, on a simulated clock."""
 
 import asyncio
 
@@ -18,12 +18,12 @@ class FakeClock:
     async def stream(self, prompt, new_tokens):
         self.prompts.append(tuple(prompt))
         for index in range(new_tokens):
-            turn = asyncio.get_running_loop().create_future()
+            token = asyncio.get_running_loop().create_future()
             cost = 3 + 0.1 * len(prompt) if index == 0 else 0.01 * len(prompt)
-            self.waiting.append((turn, cost, index))
+            self.waiting.append((token, cost, index))
             if self.stepping is None:
                 self.stepping = asyncio.get_running_loop().create_task(self.step())
-            await turn
+            await token
             yield 1
 
     async def step(self):
@@ -32,8 +32,8 @@ class FakeClock:
         batch, self.waiting, self.stepping = self.waiting, [], None
         decodes = sum(index > 0 for _, _, index in batch)
         self.now += (sum(cost for _, cost, _ in batch) + (2 + 0.5 * decodes if decodes else 0)) / 1000
-        for turn, _, _ in batch:
-            turn.set_result(None)
+        for token, _, _ in batch:
+            token.set_result(None)
 
 
 def _measure(monkeypatch, **options):
@@ -42,7 +42,7 @@ def _measure(monkeypatch, **options):
     return asyncio.run(measure_step_times(clock.stream, **(limits | options))), clock
 
 
-def test_known_step_times_are_found(monkeypatch):
+def test_known_step_times_are_measured(monkeypatch):
     times, _ = _measure(monkeypatch)
     assert [size for size, _ in times.decode] == [1, 2, 4, 6]
     for size, ms in times.decode:
@@ -53,19 +53,19 @@ def test_known_step_times_are_found(monkeypatch):
     assert times.kv_ms_per_token == pytest.approx(0.01)
 
 
-def test_nothing_larger_is_measured_once_it_is_too_slow(monkeypatch):
+def test_measurement_stops_at_a_step_that_is_too_slow(monkeypatch):
     times, _ = _measure(monkeypatch, enough_ms=1.6)
     assert [size for size, _ in times.decode] == [1, 2, 4]
     assert [size for size, _ in times.prefill][-1] < 100
 
 
-def test_no_two_long_prompts_are_alike(monkeypatch):
+def test_all_long_prompts_differ(monkeypatch):
     _, clock = _measure(monkeypatch)
     long = [prompt for prompt in clock.prompts if len(prompt) > 4]
     assert len(set(long)) == len(long)
 
 
-def test_a_short_context_is_measured_too(monkeypatch):
+def test_short_context_is_measured(monkeypatch):
     times, clock = _measure(monkeypatch, max_model_len=16, max_step_tokens=16)
     assert times.kv_ms_per_token == 0
     assert max(map(len, clock.prompts)) < 16

@@ -14,7 +14,7 @@ def test_one_point_grows_with_the_size():
     assert interpolate(((4, 10.0),), 2) == pytest.approx(10)
 
 
-def test_noise_never_makes_more_work_look_faster():
+def test_noise_never_makes_a_larger_size_faster():
     assert rising([(2, 5.0), (1, 7.0), (4, 6.0)]) == ((1, 7.0), (2, 7.0), (4, 7.0))
 
 
@@ -26,17 +26,17 @@ def test_limits_keep_decoding_within_the_slo():
     assert interpolate(TIMES.prefill, limits.max_step_tokens) <= 2 * 20
 
 
-def test_limits_never_exceed_the_engines():
+def test_limits_do_not_exceed_those_of_the_engine():
     limits = limits_for(TIMES, 1000, max_sequences=5, max_step_tokens=32)
     assert (limits.max_sequences, limits.max_step_tokens) == (5, 32)
 
 
-def test_an_slo_that_one_stream_breaks_is_refused():
+def test_slo_that_one_stream_exceeds_is_refused():
     with pytest.raises(ValueError, match=r"a single stream takes 10\.0 ms"):
         limits_for(TIMES, 9, max_sequences=8, max_step_tokens=64)
 
 
-def test_context_costs_time():
+def test_context_adds_to_the_step_time():
     times = StepTimes(TIMES.decode, TIMES.prefill, kv_ms_per_token=0.01)
     assert times.decode_ms(2, 1000) == pytest.approx(12 + 10)
 
@@ -45,7 +45,7 @@ def test_tokens_per_second():
     assert TIMES.tokens_per_s(8) == pytest.approx(8 / 0.024)
 
 
-def test_profile_is_read_as_it_was_written(tmp_path):
+def test_profile_is_read_as_written(tmp_path):
     file = tmp_path / "new" / "profile.json"
     profile = Profile({"vllm": "1", "engine_args": ["-O0"]}, TIMES)
     profile.write(file)
@@ -56,7 +56,7 @@ def test_profile_is_read_as_it_was_written(tmp_path):
 
 
 @pytest.mark.parametrize("text", ["", "{}", '{"key": {}, "decode": [], "prefill": [[1, 2]], "kv_ms_per_token": 0}'])
-def test_what_is_no_profile_is_refused(tmp_path, text):
+def test_invalid_profile_is_refused(tmp_path, text):
     file = tmp_path / "profile.json"
     file.write_text(text)
     with pytest.raises(ValueError, match="not a step-time profile"):

@@ -1,4 +1,4 @@
-"""The routes beside an engine that is off, slow, dead or asked too often."""
+"""The routes with an engine whose statistics are off, that is slow or dead, or that gets many requests."""
 
 import asyncio
 
@@ -15,38 +15,38 @@ from tests.serving.api.test_expert_reports import TWO_STAGES
 
 
 class Engine:
-    """The one method of vLLM's client that is used, with a worker behind it that the test describes."""
+    """The method of vLLM's client that is used; the arguments describe the worker's response."""
 
-    def __init__(self, *, obstacle=None, delay_s=0.0, error=None):
-        self.obstacle, self.delay_s, self.error, self.asked = obstacle, delay_s, error, []
+    def __init__(self, *, reason=None, delay_s=0.0, error=None):
+        self.reason, self.delay_s, self.error, self.calls = reason, delay_s, error, []
 
     async def collective_rpc(self, method, timeout=None, args=(), kwargs=None):
-        self.asked.append(method)
+        self.calls.append(method)
         await asyncio.sleep(self.delay_s)
         if self.error is not None:
             raise self.error
         if method == "tomoe_start_experts":
-            return [self.obstacle]
+            return [self.reason]
         return TWO_STAGES if method == "tomoe_expert_counts" else [None]
 
 
 def client_of(engine) -> TestClient:
     app = FastAPI()
     registry = CollectorRegistry()
-    Gauge("vllm_example", "As vLLM shows its own", registry=registry).set(1)
+    Gauge("vllm_example", "A metric of vLLM", registry=registry).set(1)
     Instrumentator(registry=registry).expose(app)
     attach_experts(app, engine)
     return TestClient(app)
 
 
-def test_counting_starts_with_the_app():
+def test_app_starts_the_counting():
     engine = Engine()
     with client_of(engine) as client:
-        assert engine.asked == ["tomoe_start_experts"]
+        assert engine.calls == ["tomoe_start_experts"]
         assert client.get("/v1/tomoe/experts").json()["load_imbalance"] == [1.0, 4.0]
 
 
-def test_metrics_come_behind_vllms():
+def test_metrics_follow_those_of_vllm():
     with client_of(Engine()) as client:
         answer = client.get("/metrics")
     assert answer.headers["content-type"].startswith("text/plain; version=0.0.4")
@@ -57,7 +57,7 @@ def test_metrics_come_behind_vllms():
 @pytest.mark.parametrize(
     ("engine", "status", "message"),
     [
-        (Engine(obstacle="expert statistics are off; start"), 404, "expert statistics are off; start"),
+        (Engine(reason="expert statistics are off; start"), 404, "expert statistics are off; start"),
         (
             Engine(error=AttributeError("no attribute 'tomoe_start_experts'")),
             404,
@@ -67,7 +67,7 @@ def test_metrics_come_behind_vllms():
         (None, 503, "the engine is not ready yet"),
     ],
 )
-def test_without_statistics_the_reason_is_said_and_vllms_metrics_stay(engine, status, message):
+def test_without_statistics_the_reason_is_returned_and_vllms_metrics_remain(engine, status, message):
     with client_of(engine) as client:
         for path in ("/v1/tomoe/experts", "/v1/tomoe/experts/traces/abc"):
             answer = client.get(path)
@@ -77,15 +77,15 @@ def test_without_statistics_the_reason_is_said_and_vllms_metrics_stay(engine, st
         assert client.get("/").status_code == 200
 
 
-def test_an_engine_that_is_off_is_asked_once():
-    engine = Engine(obstacle="off")
+def test_engine_without_statistics_is_called_once():
+    engine = Engine(reason="off")
     with client_of(engine) as client:
         for _ in range(5):
             client.get("/metrics")
-    assert engine.asked == ["tomoe_start_experts"]
+    assert engine.calls == ["tomoe_start_experts"]
 
 
-def test_many_questions_are_one(monkeypatch):
+def test_concurrent_requests_share_one_call(monkeypatch):
     engine = Engine(delay_s=0.05)
     client = ExpertClient(engine)
 
@@ -94,10 +94,10 @@ def test_many_questions_are_one(monkeypatch):
         await asyncio.gather(*(client.trace("abc", 0) for _ in range(50)))
 
     asyncio.run(many())
-    assert engine.asked == ["tomoe_start_experts", "tomoe_expert_counts", "tomoe_expert_trace"]
+    assert engine.calls == ["tomoe_start_experts", "tomoe_expert_counts", "tomoe_expert_trace"]
 
 
-def test_a_long_step_is_answered_with_the_last_report(monkeypatch):
+def test_last_report_is_returned_during_a_long_step(monkeypatch):
     monkeypatch.setattr(expert_client, "COUNTS_AGE_S", 0.0)
     monkeypatch.setattr(expert_client, "RPC_TIMEOUT_S", 0.2)
     engine = Engine()
@@ -113,16 +113,16 @@ def test_a_long_step_is_answered_with_the_last_report(monkeypatch):
     asyncio.run(ask())
 
 
-def test_unknown_trace_is_404_and_a_bad_start_is_refused():
+def test_unknown_trace_is_404_and_invalid_parameters_are_refused():
     with client_of(Engine()) as client:
         answer = client.get("/v1/tomoe/experts/traces/abc")
         assert answer.status_code == 404
         assert '"vllm_xargs": {"tomoe_trace": ID}' in answer.json()["detail"]
-        assert client.get("/v1/tomoe/experts/traces/abc?start=-1").status_code == 422  # vLLM's app makes it 400
+        assert client.get("/v1/tomoe/experts/traces/abc?start=-1").status_code == 422  # 400 in vLLM's app
         assert client.get(f"/v1/tomoe/experts/traces/{'x' * 129}").status_code == 422
 
 
-def test_page_and_its_files_carry_a_strict_policy():
+def test_playground_files_have_a_strict_policy():
     with client_of(Engine()) as client:
         for path, kind in [
             ("/", "text/html"),

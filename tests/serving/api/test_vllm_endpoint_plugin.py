@@ -11,7 +11,7 @@ def _entry_points() -> dict[str, str]:
     return tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]["entry-points"][GROUP]
 
 
-def test_the_entry_point_is_a_plugin_that_serves_text_generation():
+def test_entry_point_is_a_plugin_for_text_generation():
     from fastapi import FastAPI
     from tomoe_serving.api.vllm_endpoint_plugin import ToMoEEndpoints
 

@@ -1,4 +1,4 @@
-"""``vllm bench serve`` as an operator runs it against a server with a key."""
+"""``vllm bench serve`` against a server with an API key."""
 
 import json
 

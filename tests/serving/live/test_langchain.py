@@ -1,4 +1,4 @@
-"""LangChain's client for OpenAI, given only address, key and model."""
+"""LangChain's OpenAI client with address, key and model only."""
 
 import asyncio
 from typing import Literal
@@ -29,7 +29,7 @@ def _connect(live: Live, *, max_tokens: int, **options):
     )
 
 
-def test_invoke_stream_and_async_give_one_answer(live):
+def test_invoke_stream_and_async_give_the_same_answer(live):
     model = _connect(live, max_tokens=6)
     answer = model.invoke(live.prompt)
     assert answer.content
@@ -49,7 +49,7 @@ def test_stream_carries_usage(live):
     assert sum(chunk.usage_metadata["output_tokens"] for chunk in chunks if chunk.usage_metadata) == 3
 
 
-def test_batch_gives_each_prompt_its_own_answer(live):
+def test_batch_gives_the_answers_of_single_prompts(live):
     model = _connect(live, max_tokens=4)
     together = [answer.content for answer in model.batch(live.prompts[:4])]
     assert together == [model.invoke(prompt).content for prompt in live.prompts[:4]]
@@ -70,7 +70,7 @@ def test_structured_output_is_an_instance_of_the_class(demo):
 
 
 @pytest.mark.slow
-def test_bound_tool_is_called_whole_and_streamed(demo):
+def test_bound_tool_is_called_streamed_or_not(demo):
     from langchain_core.tools import tool
 
     @tool

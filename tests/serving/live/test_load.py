@@ -1,4 +1,4 @@
-"""Many clients: nothing is mixed up, lost or leaked, and what does not fit is told so."""
+"""Many clients: no response is mixed up or lost, no resource leaks, and requests that do not fit get 429."""
 
 import json
 import socket
@@ -12,8 +12,8 @@ pytestmark = pytest.mark.engine
 BODY = {"model": "tiny-tomoe", "temperature": 0, "ignore_eos": True}
 
 
-def test_clients_that_vanish_leave_nothing_behind(server):
-    def vanish(index: int) -> None:
+def test_disconnected_clients_leave_no_sequence_and_no_kv_block(server):
+    def disconnect(index: int) -> None:
         body = json.dumps(BODY | {"prompt": f"w{index % 90}", "max_tokens": 250, "stream": index % 2 == 0}).encode()
         head = (
             f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {server.key}\r\n"
@@ -25,7 +25,7 @@ def test_clients_that_vanish_leave_nothing_behind(server):
             if index % 2 == 0:
                 sock.recv(200)
 
-    in_threads(100, vanish)
+    in_threads(100, disconnect)
 
     def is_idle() -> bool:
         use = server.budget()["in_use"]
@@ -38,7 +38,7 @@ def test_clients_that_vanish_leave_nothing_behind(server):
     assert all(float(line.split()[-1]) == 0 for line in usage)
 
 
-def test_every_answer_is_that_of_its_own_prompt_and_the_rest_gets_429(server):
+def test_every_response_is_that_of_its_prompt_or_a_429(server):
     prompts = [f"w{i} w{(7 * i) % 90} w{(3 * i + 1) % 90}" for i in range(60)]
 
     def ask(prompt: str):
@@ -49,11 +49,11 @@ def test_every_answer_is_that_of_its_own_prompt_and_the_rest_gets_429(server):
     assert {answer.status_code for answer in answers} <= {200, 429}
     served = {p: a.json()["choices"][0]["text"] for p, a in zip(prompts, answers, strict=True) if a.status_code == 200}
     refused = [answer for answer in answers if answer.status_code == 429]
-    assert len(served) >= 24, "16 seats and a queue of 8"
+    assert len(served) >= 24, "16 slots and a queue of 8"
     for answer in refused:
         assert int(answer.headers["retry-after"]) >= 1
         assert answer.json()["error"]["type"] == "RateLimitError"
-    assert len(set(served.values())) > len(served) // 2, "the answers do not tell the prompts apart"
+    assert len(set(served.values())) > len(served) // 2, "the prompts have too few different answers"
     for prompt, text in served.items():
         assert ask(prompt).json()["choices"][0]["text"] == text
     assert server.budget()["in_use"]["refused"]["queue_full"] >= len(refused)

@@ -1,4 +1,4 @@
-"""The OpenAI SDK against a live server: every route and option that clients rely on, on both models."""
+"""The OpenAI SDK against a running server: routes and options that clients use, on both models."""
 
 import asyncio
 import json
@@ -35,14 +35,14 @@ def test_models_are_listed(client, live):
     assert [model.id for model in client.models.list()] == [live.model, str(live.checkpoint)]
 
 
-def test_completion_is_repeatable_at_temperature_zero(complete):
+def test_completion_is_deterministic_at_temperature_zero(complete):
     replies = [complete(max_tokens=8, temperature=0) for _ in range(2)]
     assert replies[0].choices[0].text == replies[1].choices[0].text != ""
     assert replies[0].usage.completion_tokens == 8
     assert replies[0].choices[0].finish_reason == "length"
 
 
-def test_stream_carries_the_same_text_and_its_usage(complete):
+def test_stream_has_the_same_text_and_usage(complete):
     whole = complete(max_tokens=8, temperature=0)
     chunks = list(complete(max_tokens=8, temperature=0, stream=True, stream_options={"include_usage": True}))
     assert "".join(chunk.choices[0].text for chunk in chunks if chunk.choices) == whole.choices[0].text
@@ -50,7 +50,7 @@ def test_stream_carries_the_same_text_and_its_usage(complete):
     assert chunks[-1].usage == whole.usage
 
 
-def test_chat_streams_deltas_of_the_same_answer(chat):
+def test_chat_streams_the_same_answer(chat):
     whole = chat(max_tokens=6, temperature=0)
     chunks = list(chat(max_tokens=6, temperature=0, stream=True, stream_options={"include_usage": True}))
     text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
@@ -59,19 +59,19 @@ def test_chat_streams_deltas_of_the_same_answer(chat):
     assert all(chunk.usage is None for chunk in chunks[:-1])
 
 
-def test_stream_without_usage_where_not_asked(chat):
+def test_stream_has_no_usage_by_default(chat):
     chunks = list(chat(max_tokens=3, stream=True))
     assert all(chunk.choices and chunk.usage is None for chunk in chunks)
 
 
-def test_logprobs_name_the_chosen_and_the_next_best_tokens(chat):
+def test_logprobs_list_the_chosen_and_the_next_best_tokens(chat):
     reply = chat(max_tokens=3, temperature=0, logprobs=True, top_logprobs=2)
     entries = reply.choices[0].logprobs.content
     assert len(entries) == 3
     assert all(entry.logprob == max(top.logprob for top in entry.top_logprobs) for entry in entries)
 
 
-def test_n_choices_and_a_seed_that_repeats_them(complete):
+def test_n_choices_are_repeated_with_the_same_seed(complete):
     def sample():
         reply = complete(n=3, max_tokens=6, seed=5, temperature=1.5)
         return sorted(choice.text for choice in reply.choices)
@@ -89,19 +89,19 @@ def test_stop_ends_the_text_before_the_stop_string(complete):
     assert reply.choices[0].text == whole[: whole.index(stop)]
 
 
-def test_choice_is_held_by_the_grammar(complete, live):
+def test_grammar_restricts_the_choice(complete, live):
     reply = complete(max_tokens=4, extra_body={"structured_outputs": {"choice": live.choices}})
     assert reply.choices[0].text.strip() in live.choices
 
 
-def test_a_tool_is_accepted_where_none_is_called(chat):
+def test_request_with_a_tool_is_accepted(chat):
     parameters = {"type": "object", "properties": {"city": {"type": "string"}}}
     tool = {"type": "function", "function": {"name": "weather", "parameters": parameters}}
     reply = chat(tools=[tool], max_tokens=4)
     assert reply.choices[0].message.tool_calls in (None, [])
 
 
-def test_responses_api_answers(client, live):
+def test_responses_api_generates(client, live):
     reply = client.responses.create(model=live.model, input=live.prompt, max_output_tokens=4)
     assert reply.output_text
     assert reply.usage.output_tokens == 4
@@ -116,7 +116,7 @@ def test_responses_api_streams_the_same_answer(client, live):
     assert events[-1].response.usage.output_tokens == 4
 
 
-def test_async_clients_share_the_server(live):
+def test_async_requests_get_the_answers_of_single_ones(live):
     async def ask(client, prompt):
         reply = await client.completions.create(model=live.model, prompt=prompt, max_tokens=4, temperature=0)
         return reply.choices[0].text
@@ -131,7 +131,7 @@ def test_async_clients_share_the_server(live):
     assert together == alone
 
 
-def test_async_stream_is_that_of_the_sync_client(complete, live):
+def test_async_stream_has_the_same_text(complete, live):
     async def read():
         async with AsyncOpenAI(base_url=live.base_url, api_key=KEY, max_retries=0, timeout=600) as client:
             stream = await client.completions.create(
@@ -143,7 +143,7 @@ def test_async_stream_is_that_of_the_sync_client(complete, live):
 
 
 @pytest.mark.parametrize("is_stream", [False, True])
-def test_usage_carries_active_parameters_where_asked(client, live, is_stream):
+def test_usage_has_active_parameters_with_the_header(client, live, is_stream):
     extra = {"stream": True, "stream_options": {"include_usage": True}} if is_stream else {}
     headers = {"X-ToMoE-Usage": "active-parameters"}
     raw = client.completions.with_raw_response.create(
@@ -154,13 +154,13 @@ def test_usage_carries_active_parameters_where_asked(client, live, is_stream):
     assert reply.usage.model_extra["active_parameters_per_token"] == active
 
 
-def test_usage_is_openais_where_not_asked(complete):
+def test_usage_has_only_openais_fields_by_default(complete):
     reply = complete(max_tokens=3)
     assert "active_parameters_per_token" not in (reply.usage.model_extra or {})
 
 
-def test_embeddings_are_refused_in_words(client, live):
-    with pytest.raises(openai.BadRequestError, match="generates text"):
+def test_embeddings_are_refused_with_the_reason(client, live):
+    with pytest.raises(openai.BadRequestError, match="generates text only"):
         client.embeddings.create(model=live.model, input=live.prompt)
 
 
@@ -170,11 +170,11 @@ def test_unknown_model_is_not_found(complete):
 
 
 def test_wrong_key_is_refused(live):
-    with pytest.raises(openai.AuthenticationError, match="not known"):
+    with pytest.raises(openai.AuthenticationError, match="not valid"):
         OpenAI(base_url=live.base_url, api_key="wrong", max_retries=0).models.list()
 
 
-def test_budget_adds_up(live):
+def test_budget_is_consistent(live):
     budget = live.server.budget()
     cost = budget["cost"]
     assert 0 < cost["active_parameters"] < cost["total_parameters"]

@@ -1,4 +1,4 @@
-"""What only a real vocabulary can spell, through the OpenAI SDK: JSON that satisfies a schema, and tool calls."""
+"""JSON schemas and tool calls through the OpenAI SDK; they need a real vocabulary."""
 
 import asyncio
 import json
@@ -61,17 +61,17 @@ def arguments(demo):
     return {"model": demo.model, "messages": MESSAGES, "max_tokens": 150, "temperature": 0}
 
 
-def test_json_satisfies_its_schema_and_streams_the_same(client, arguments):
+def test_json_satisfies_its_schema_streamed_or_not(client, arguments):
     reply = client.chat.completions.create(**arguments, response_format=FORMAT)
     jsonschema.validate(json.loads(reply.choices[0].message.content), SCHEMA)
     assert reply.choices[0].finish_reason == "stop"
     stream = client.chat.completions.create(**arguments, response_format=FORMAT, stream=True)
     parts = [chunk.choices[0].delta.content or "" for chunk in stream]
     assert "".join(parts) == reply.choices[0].message.content
-    assert sum(map(bool, parts)) > 5  # in pieces, not at the end
+    assert sum(map(bool, parts)) > 5  # streamed in parts
 
 
-def test_answers_are_parsed_into_a_class_sync_and_async(client, demo, arguments):
+def test_answers_are_parsed_into_a_class(client, demo, arguments):
     async def ask():
         async with AsyncOpenAI(base_url=demo.base_url, api_key=KEY, max_retries=0, timeout=600) as asking:
             return await asking.chat.completions.parse(**arguments, response_format=Weather)
@@ -82,7 +82,7 @@ def test_answers_are_parsed_into_a_class_sync_and_async(client, demo, arguments)
 
 
 @pytest.mark.parametrize(("choice", "finish"), [(NAMED, "stop"), ("required", "tool_calls")], ids=["named", "required"])
-def test_a_tool_is_called_and_streams_the_same_call(client, arguments, choice, finish):
+def test_tool_is_called_streamed_or_not(client, arguments, choice, finish):
     options = arguments | {"tools": TOOLS, "tool_choice": choice, "parallel_tool_calls": False}
     reply = client.chat.completions.parse(**options)
     assert reply.choices[0].finish_reason == finish
@@ -98,11 +98,11 @@ def test_a_tool_is_called_and_streams_the_same_call(client, arguments, choice, f
     assert len(pieces) > 3
     (streamed,) = final.choices[0].message.tool_calls
     assert streamed.function.name == call.function.name
-    assert streamed.function.parsed_arguments == call.function.parsed_arguments  # vLLM writes a whole call's JSON anew
+    assert streamed.function.parsed_arguments == call.function.parsed_arguments  # the texts differ in whitespace
     assert final.choices[0].finish_reason == finish
 
 
-def test_a_tools_result_is_taken_back(client, arguments):
+def test_result_of_a_tool_is_accepted(client, arguments):
     call = client.chat.completions.create(**arguments, tools=TOOLS, tool_choice=NAMED).choices[0].message
     result = {"role": "tool", "tool_call_id": call.tool_calls[0].id, "content": "12 degrees"}
     options = arguments | {"messages": [*MESSAGES, call, result], "max_tokens": 4}
@@ -112,13 +112,13 @@ def test_a_tools_result_is_taken_back(client, arguments):
     assert reply.usage.prompt_tokens > question.usage.prompt_tokens
 
 
-def test_no_tool_is_called_where_none_may_be(client, arguments):
+def test_no_tool_is_called_with_choice_none(client, arguments):
     reply = client.chat.completions.create(**(arguments | {"max_tokens": 4}), tools=TOOLS, tool_choice="none")
     assert not reply.choices[0].message.tool_calls
     assert reply.choices[0].message.content
 
 
-def test_an_unknown_tool_is_refused(client, arguments):
+def test_unknown_tool_is_refused(client, arguments):
     choice = {"type": "function", "function": {"name": "Tide"}}
     with pytest.raises(openai.BadRequestError, match="does not match any of the specified"):
         client.chat.completions.create(**arguments, tools=TOOLS, tool_choice=choice)

@@ -1,4 +1,4 @@
-"""The OpenAPI document is what the server does: schemathesis asks every route for what it does not expect."""
+"""The OpenAPI document describes the server: schemathesis sends generated requests to every route."""
 
 import httpx
 import pytest
@@ -11,7 +11,7 @@ from schemathesis.specs.openapi.checks import status_code_conformance
 pytestmark = pytest.mark.engine
 
 EXAMPLES = 8
-"""Per operation; the slow test asks for more."""
+"""Per operation; the slow test has more."""
 
 
 def _document(server) -> dict:
@@ -20,7 +20,7 @@ def _document(server) -> dict:
 
 
 def _fuzz(server, examples: int) -> list[str]:
-    """Ask every operation; returns what was wrong."""
+    """Send generated requests to every operation; returns the problems."""
     schema = schemathesis.openapi.from_dict(_document(server))
     schema.config.update(base_url=server.url)
     problems: list[str] = []
@@ -52,7 +52,7 @@ def _fuzz(server, examples: int) -> list[str]:
     return problems
 
 
-def test_document_names_the_errors_and_is_whole(server):
+def test_document_lists_routes_and_errors(server):
     document = _document(server)
     chat = document["paths"]["/v1/chat/completions"]["post"]["responses"]
     assert {"200", "400", "401", "404", "408", "413", "429", "500", "503"} <= chat.keys()
@@ -62,13 +62,13 @@ def test_document_names_the_errors_and_is_whole(server):
         assert schema == {"$ref": "#/components/schemas/OpenAIError"}
 
 
-def test_no_surprise_on_any_route(server):
+def test_generated_requests_get_documented_responses(server):
     problems = _fuzz(server, EXAMPLES)
     assert not problems, "\n\n".join(problems[:5])
     assert httpx.get(f"{server.url}/ready", timeout=60).status_code == 200
 
 
 @pytest.mark.slow
-def test_no_surprise_in_many_tries(server):
+def test_many_generated_requests_get_documented_responses(server):
     problems = _fuzz(server, 100)
     assert not problems, "\n\n".join(problems[:5])

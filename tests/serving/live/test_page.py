@@ -1,7 +1,7 @@
-"""The playground in a real Chromium on a live server: key, chat, colours, slider, heat map, gauges, keyboard, contrast.
+"""The playground in Chromium: key, chat, colours, slider, heat map, gauges, keyboard and contrast.
 
-The model is tiny and random, its tokens are words: what the page says of an expert is compared with the routes of the
-Hugging Face reference.
+The model is tiny and random, and its tokens are words. The experts that the page shows are compared with the routes of
+the Hugging Face reference.
 """
 
 import re
@@ -41,7 +41,7 @@ BUDGET = {
         "observed_tpot_ms": 41.5, "is_draining": False,
     },
 }  # fmt: skip
-"""What /v1/tomoe/budget answers for a larger model: the tiny one's counts have no units."""
+"""Response of /v1/tomoe/budget for a larger model; the counts of the tiny one are too small for units."""
 
 
 @pytest.fixture(scope="module")
@@ -52,12 +52,12 @@ def context(tmp_path_factory):
 
 @pytest.fixture
 def page(context, server):
-    """The open page, with its key; afterwards nothing may have been asked of another host, and nothing complained."""
+    """The open page with the key entered. Fails afterwards on requests to other hosts and on errors in the console."""
     page = context.new_page()
-    requests, complaints = [], []
+    requests, errors = [], []
     page.on("request", lambda request: requests.append(request.url))
-    page.on("pageerror", lambda error: complaints.append(str(error)))
-    page.on("console", lambda line: complaints.append(line.text) if "Content Security" in line.text else None)
+    page.on("pageerror", lambda error: errors.append(str(error)))
+    page.on("console", lambda line: errors.append(line.text) if "Content Security" in line.text else None)
     page.goto(f"{server.url}/")
     enter_key(page, KEY)
     page.wait_for_selector("#legend li", timeout=WAIT_MS)
@@ -65,7 +65,7 @@ def page(context, server):
     page.close()
     assert requests
     assert [url for url in requests if not url.startswith(f"{server.url}/")] == []
-    assert complaints == []
+    assert errors == []
 
 
 def enter_key(page, key: str) -> None:
@@ -79,7 +79,7 @@ def get(server, path: str) -> dict:
 
 
 def ask(page, text: str, num_tokens: int = 24) -> str:
-    """Send a message and wait for the coloured answer; the trace's id."""
+    """Send a message and wait for the coloured answer; returns the trace's id."""
     page.fill("#max-tokens", str(num_tokens))
     page.fill("#temperature", "0")
     with page.expect_request("**/v1/chat/completions") as sent:
@@ -96,7 +96,7 @@ def ask(page, text: str, num_tokens: int = 24) -> str:
 
 
 def greedy_tokens(server, text: str, num_tokens: int = 24) -> tuple[list[int], list[int]]:
-    """Token ids of the prompt and of the answer that :func:`ask` gets: greedy, so it is the same again."""
+    """Token ids of the prompt and of the answer that :func:`ask` gets; greedy decoding repeats it."""
     body = {"messages": [{"role": "user", "content": text}], "temperature": 0, "max_tokens": num_tokens}
     with server.client() as client:
         answer = client.post("/v1/chat/completions", json=body | {"return_token_ids": True}).raise_for_status().json()
@@ -115,7 +115,7 @@ def move_slider(page, layer: int) -> None:
         page.keyboard.press("ArrowRight")
 
 
-def test_every_token_has_the_colour_of_the_references_expert(page, server, served_model):
+def test_every_token_has_the_colour_of_the_reference_expert(page, server, served_model):
     ask(page, "w1 w20 w45 w7 w80")
     prompt, tokens = greedy_tokens(server, "w1 w20 w45 w7 w80")
     assert len(tokens) > 8
@@ -127,7 +127,7 @@ def test_every_token_has_the_colour_of_the_references_expert(page, server, serve
         move_slider(page, layer)
         seen.append(shown_experts(page))
         assert seen[-1][:-1] == routes[:-1, layer].tolist()
-        assert seen[-1][-1] is None  # the last token was never fed back
+        assert seen[-1][-1] is None  # the last token is never fed back
     assert seen[0] != seen[1] != seen[2]
     fills = page.locator(".answer [data-expert]").evaluate_all(
         "all => all.map(s => getComputedStyle(s).backgroundColor)"
@@ -135,9 +135,9 @@ def test_every_token_has_the_colour_of_the_references_expert(page, server, serve
     assert len(set(fills)) == len({expert for expert in seen[-1] if expert is not None}) > 1
 
 
-def test_heat_map_shows_what_the_server_counted(page, server):
+def test_heat_map_shows_the_counts_of_the_server(page, server):
     ask(page, "w3 w9")
-    page.wait_for_timeout(3500)  # the page asks every two seconds, the server counts at most once a second
+    page.wait_for_timeout(3500)  # the page refreshes every 2 s, the server at most once a second
     report = get(server, "/v1/tomoe/experts")
     cells = page.locator(".heat tbody tr").evaluate_all(
         "rows => rows.map(r => [...r.cells].slice(1).map(c => c.innerText))"
@@ -152,7 +152,7 @@ def test_heat_map_shows_what_the_server_counted(page, server):
     assert page.input_value("#layer") == "2"
 
 
-def test_gauges_measure(page):
+def test_gauges_show_the_latency(page):
     ask(page, "w3 w9")
     for gauge in ("#ttft", "#tpot"):
         assert re.fullmatch(r"\d+(\.\d+)? ?m?s", page.inner_text(gauge).replace("\n", "")), page.inner_text(gauge)
@@ -160,7 +160,7 @@ def test_gauges_measure(page):
     assert page.locator("#sparkline rect").count() == int(page.inner_text("#num-tokens")) - 1
 
 
-def test_budget_is_the_servers(page, server):
+def test_budget_is_that_of_the_server(page, server):
     page.wait_for_selector("#budget meter", timeout=WAIT_MS)
     budget = server.budget()
     share = budget["cost"]["active_parameters"] / budget["cost"]["total_parameters"]
@@ -170,7 +170,7 @@ def test_budget_is_the_servers(page, server):
     assert page.locator("#budget meter").first.evaluate("meter => meter.value") == pytest.approx(share, abs=1e-3)
 
 
-def test_budget_that_a_server_does_not_have_is_not_available(page):
+def test_missing_budget_is_shown_as_not_available(page):
     page.route("**/v1/tomoe/budget", lambda route: route.fulfill(status=404, json={"error": "Not Found"}))
     page.wait_for_selector("#budget :text-is('Not available')", timeout=WAIT_MS)
 
@@ -193,7 +193,7 @@ def test_budget_of_a_larger_model_has_units(page):
     assert page.locator("#budget meter").first.evaluate("meter => meter.value") == pytest.approx(0.699, abs=1e-3)
 
 
-def test_keyboard_alone_is_enough(page):
+def test_page_works_with_the_keyboard_alone(page):
     page.focus("#prompt")
     page.keyboard.type("w5 w6 w7")
     page.keyboard.press("Shift+Enter")
@@ -245,7 +245,7 @@ def test_contrast_check_catches_grey_on_grey(page):
     ]
 
 
-def test_everything_that_can_be_reached_has_a_name(page):
+def test_every_focusable_node_has_a_name(page):
     ask(page, "w1 w2 w3")
     nodes = accessible_nodes(page)
     focusable = [node for node in nodes if node["focusable"] == "True" and node["role"] != "RootWebArea"]
@@ -263,7 +263,7 @@ def test_everything_that_can_be_reached_has_a_name(page):
     assert page.inner_text("#status").startswith("Answer complete. ")
 
 
-def test_page_asks_for_a_key_where_the_server_wants_one(context, server):
+def test_page_asks_for_a_required_key(context, server):
     page = context.new_page()
     requests = []
     page.on("request", lambda request: requests.append(request))  # playwright marks what it calls: no builtin
@@ -297,7 +297,7 @@ def test_every_metric_of_the_dashboard_is_on_metrics(page, server):
     assert {name: samples[name] for name in expected} == expected
 
 
-def test_stopped_answer_keeps_what_came(page):
+def test_stopped_answer_keeps_its_tokens(page):
     page.fill("#max-tokens", "200")
     page.fill("#prompt", "w11 w12")
     page.press("#prompt", "Enter")

@@ -1,4 +1,4 @@
-"""What a server must survive and say: each bad request ends as documented, with an OpenAI error body."""
+"""Invalid requests get the documented status and an OpenAI error body."""
 
 import contextlib
 import json
@@ -62,7 +62,7 @@ def test_unknown_routes_and_methods_have_an_error_body(server, method, path, sta
 
 
 @pytest.mark.parametrize("path", ["/v1/models", "/v1/tomoe/budget", "/tokenize", "/openapi.json", "/nope"])
-def test_everything_but_probes_needs_the_key(server, path):
+def test_all_routes_but_probes_need_the_key(server, path):
     response = httpx.get(server.url + path, timeout=60)
     assert response.status_code == 401
     assert _is_openai_error(response)
@@ -82,17 +82,17 @@ def _read_to_the_end(sock: socket.socket) -> bytes:
 
 
 def test_slow_headers_end_with_408(server):
-    """A header now and then keeps nobody's connection open."""
-    answer = b""
+    """Sending a header now and then does not keep the connection open."""
+    response = b""
     deadline = time.monotonic() + 60
     with socket.create_connection(("127.0.0.1", server.port)) as sock:
         sock.sendall(b"GET /health HTTP/1.1\r\n")
         sock.settimeout(0.3)
-        while time.monotonic() < deadline and not answer:
+        while time.monotonic() < deadline and not response:
             sock.sendall(b"X-A: b\r\n")
             with contextlib.suppress(TimeoutError):
-                answer = sock.recv(65536)
-    assert answer.startswith(b"HTTP/1.1 408")
+                response = sock.recv(65536)
+    assert response.startswith(b"HTTP/1.1 408")
 
 
 def test_silent_connection_is_closed(server):
@@ -104,9 +104,9 @@ def test_slow_body_ends_with_408(server):
     head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {server.key}\r\n"
     with socket.create_connection(("127.0.0.1", server.port)) as sock:
         sock.sendall(head.encode() + b"Content-Type: application/json\r\nContent-Length: 100\r\n\r\n{")
-        answer = _read_to_the_end(sock)
-    assert answer.startswith(b"HTTP/1.1 408")
-    assert b"body did not arrive" in answer
+        response = _read_to_the_end(sock)
+    assert response.startswith(b"HTTP/1.1 408")
+    assert b"body did not arrive" in response
 
 
 def test_huge_headers_end_with_431(server):
@@ -118,12 +118,12 @@ def test_huge_headers_end_with_431(server):
 def test_bytes_that_are_not_http_are_a_400(server):
     with socket.create_connection(("127.0.0.1", server.port)) as sock:
         sock.sendall(b"\x16\x03\x01 hello\r\n\r\n")
-        answer = _read_to_the_end(sock)
-    assert answer.startswith(b"HTTP/1.1 400")
-    assert json.loads(answer.partition(b"\r\n\r\n")[2])["error"]["code"] == 400
+        response = _read_to_the_end(sock)
+    assert response.startswith(b"HTTP/1.1 400")
+    assert json.loads(response.partition(b"\r\n\r\n")[2])["error"]["code"] == 400
 
 
-def test_request_id_is_kept_logged_and_sent_back(server):
+def test_request_id_is_kept_logged_and_returned(server):
     with server.client() as client:
         body = {"model": MODEL, "prompt": "w7 w8 w9", "max_tokens": 1}
         response = client.post("/v1/completions", json=body, headers={"X-Request-Id": "my-id.7"})
@@ -135,7 +135,7 @@ def test_request_id_is_kept_logged_and_sent_back(server):
     assert (line["path"], line["status"]) == ("/v1/completions", 200)
 
 
-def test_no_prompt_and_no_key_in_the_log(server):
+def test_log_has_no_prompt_and_no_key(server):
     with server.client() as client:
         body = {"model": MODEL, "prompt": "w11 w12 w13 w14 secret", "max_tokens": 1}
         client.post("/v1/completions", json=body).raise_for_status()

@@ -8,18 +8,18 @@ from tests.helpers.asgi import ask, echo
 JSON = {"content-type": "application/json"}
 
 
-def _bodies(**options):
+def _layer(**options):
     return BodyMiddleware(echo, **({"max_bytes": 100, "timeout": 60, "max_tokens": 50} | options))
 
 
 @pytest.mark.parametrize("body", [b'{"a": 1}', b'"text"', b"[[1]]", b'{"max_tokens": 50}', '{"a": "é😀"}'.encode()])
-def test_sound_bodies_reach_the_app_unchanged(body):
-    response = ask(_bodies(), content=body, headers=JSON)
+def test_valid_bodies_reach_the_app_unchanged(body):
+    response = ask(_layer(), content=body, headers=JSON)
     assert (response.status_code, response.content) == (200, body)
 
 
 def test_a_body_of_another_type_is_not_read_as_json():
-    assert ask(_bodies(), content=b"\xff", headers={"content-type": "audio/wav"}).content == b"\xff"
+    assert ask(_layer(), content=b"\xff", headers={"content-type": "audio/wav"}).content == b"\xff"
 
 
 @pytest.mark.parametrize(
@@ -33,46 +33,46 @@ def test_a_body_of_another_type_is_not_read_as_json():
         (b'{"max_completion_tokens": 1e300}', "context holds 50"),
     ],
 )
-def test_unsound_bodies_are_refused(body, said):
-    response = ask(_bodies(), content=body, headers=JSON)
+def test_invalid_bodies_are_refused(body, said):
+    response = ask(_layer(), content=body, headers=JSON)
     assert response.status_code == 400
     assert said in response.json()["error"]["message"]
 
 
-def test_the_parameter_is_named():
-    response = ask(_bodies(), content=b'{"max_tokens": 51}', headers=JSON)
+def test_error_names_the_parameter():
+    response = ask(_layer(), content=b'{"max_tokens": 51}', headers=JSON)
     assert response.json()["error"]["param"] == "max_tokens"
 
 
 @pytest.mark.parametrize("depth", [101, 5000])
 def test_deep_nesting_is_refused(depth):
-    response = ask(_bodies(max_bytes=100_000), content=b"[" * depth + b"]" * depth, headers=JSON)
+    response = ask(_layer(max_bytes=100_000), content=b"[" * depth + b"]" * depth, headers=JSON)
     assert response.status_code == 400
     assert "nested deeper" in response.json()["error"]["message"]
 
 
-def test_depth_of_real_requests_passes():
+def test_largest_depth_is_accepted():
     body = b'{"a":' * 99 + b"1" + b"}" * 99
-    assert ask(_bodies(max_bytes=10_000), content=body, headers=JSON).status_code == 200
+    assert ask(_layer(max_bytes=10_000), content=body, headers=JSON).status_code == 200
 
 
 @pytest.mark.parametrize(("size", "status"), [(100, 200), (101, 413), (5000, 413)])
 def test_size_is_limited(size, status):
-    assert ask(_bodies(), content=b"x" * size).status_code == status
+    assert ask(_layer(), content=b"x" * size).status_code == status
 
 
-def test_chunked_bodies_are_limited_too():
+def test_size_of_chunked_bodies_is_limited():
     async def chunks():
         for _ in range(30):
             yield b"x" * 10
 
-    response = ask(_bodies(), content=chunks())
+    response = ask(_layer(), content=chunks())
     assert response.status_code == 413
     assert response.headers["connection"] == "close"
 
 
 def _call(app, messages):
-    """Call with a receive of our own; returns what was sent."""
+    """Call an app with these messages to receive; returns what it sent."""
 
     async def go():
         waiting, sent = list(messages), []
@@ -89,14 +89,14 @@ def _call(app, messages):
     return asyncio.run(go())
 
 
-def test_a_body_that_does_not_come_is_a_408():
-    sent = _call(_bodies(timeout=0.01), [{"type": "http.request", "body": b"x", "more_body": True}])
+def test_late_body_is_a_408():
+    sent = _call(_layer(timeout=0.01), [{"type": "http.request", "body": b"x", "more_body": True}])
     assert sent[0]["status"] == 408
 
 
-def test_a_client_that_left_gets_no_answer():
+def test_disconnected_client_gets_no_response():
     messages = [{"type": "http.request", "body": b"x", "more_body": True}, {"type": "http.disconnect"}]
-    assert _call(_bodies(), messages) == []
+    assert _call(_layer(), messages) == []
 
 
 def test_a_disconnect_after_the_body_reaches_the_app():

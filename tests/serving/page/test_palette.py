@@ -1,4 +1,4 @@
-"""The experts' colours: text on them is readable, and colour-blind eyes can tell them apart."""
+"""Colours of the experts: contrast of text on them, and distance under colour blindness."""
 
 import re
 from itertools import combinations
@@ -17,13 +17,13 @@ VISION = {
     "tritanopia": np.array([[1.2555, -0.0767, -0.1788], [-0.0784, 0.9308, 0.1476], [0.0047, 0.6914, 0.3039]]),
 }  # fmt: skip
 LEAST_DISTANCE = 12.0
-"""CIE 1976, in Lab; the worst pair of each scheme is at 13 or more. The test below shows what it catches."""
+"""CIE 1976 in Lab; the closest pair of each scheme has 13 or more. A test below shows what the limit catches."""
 LEAST_CONTRAST = 4.5
 """WCAG 2 AA for text of normal size."""
 
 
 def palette(scheme: str) -> dict[str, str]:
-    """Custom properties that hold a plain colour; the dark scheme's override the light one's."""
+    """Custom properties with a plain colour; those of the dark scheme override the light ones."""
     light, dark = STYLE.split("@media (prefers-color-scheme: dark)")
     blocks = [light] if scheme == "light" else [light, dark.split("* { box-sizing")[0]]
     return {name: value for block in blocks for name, value in re.findall(r"--([\w-]+): (#[0-9a-f]{6});", block)}
@@ -58,13 +58,13 @@ def fills(scheme: str) -> list[str]:
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("eyes", VISION)
-def test_experts_are_told_apart(scheme, eyes):
-    distance, pair = least_distance(fills(scheme), VISION[eyes])
+@pytest.mark.parametrize("vision", VISION)
+def test_colours_are_distinct(scheme, vision):
+    distance, pair = least_distance(fills(scheme), VISION[vision])
     assert distance >= LEAST_DISTANCE, pair
 
 
-def test_distance_catches_red_and_green_of_one_lightness():
+def test_distance_catches_red_and_green_of_equal_lightness():
     assert least_distance(["#c26b6b", "#7d8a4c"], VISION["normal"])[0] > 40
     assert least_distance(["#b5a04c", "#9ea84c"], VISION["deuteranopia"])[0] < LEAST_DISTANCE
 
@@ -75,6 +75,6 @@ def test_text_on_every_fill_is_readable(scheme):
     assert {fill: contrast(text, fill) for fill in fills(scheme) if contrast(text, fill) < LEAST_CONTRAST} == {}
 
 
-def test_contrast_is_wcags():
+def test_contrast_is_that_of_wcag():
     assert contrast("#000000", "#ffffff") == pytest.approx(21)
     assert contrast("#777777", "#ffffff") == pytest.approx(4.48, abs=0.01)

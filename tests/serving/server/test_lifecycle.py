@@ -1,4 +1,4 @@
-"""How a server ends: told to, or because its engine died. Each test has a server of its own."""
+"""How a server ends: after SIGTERM, and after the death of its engine. Each test starts its own server."""
 
 import contextlib
 import json
@@ -18,7 +18,7 @@ BODY = {"model": "tiny-tomoe", "max_tokens": 8000, "temperature": 0, "ignore_eos
 
 
 class Stream(threading.Thread):
-    """A streamed completion in a thread; ``events`` is what has come so far."""
+    """A streamed completion in a thread; ``events`` holds the events received so far."""
 
     def __init__(self, server: RunningServer, prompt: str, **fields) -> None:
         super().__init__(daemon=True)
@@ -41,16 +41,16 @@ class Stream(threading.Thread):
 
 
 def _collect(server: RunningServer, prompt: str, into: list[httpx.Response]) -> threading.Thread:
-    def ask() -> None:
+    def post() -> None:
         with server.client(timeout=300) as client:
             into.append(client.post("/v1/completions", json=BODY | {"prompt": prompt}))
 
-    thread = threading.Thread(target=ask, daemon=True)
+    thread = threading.Thread(target=post, daemon=True)
     thread.start()
     return thread
 
 
-def test_sigterm_drains_refuses_and_cuts(served_model, tmp_path):
+def test_sigterm_drains_and_the_second_one_aborts(served_model, tmp_path):
     with run_server(served_model, tmp_path / "log", "--drain-timeout", "500", "--no-measure", engine=LONG) as server:
         short = Stream(server, "w5", max_tokens=1500)
         long = [Stream(server, f"w{i}") for i in range(4)]
@@ -64,8 +64,8 @@ def test_sigterm_drains_refuses_and_cuts(served_model, tmp_path):
         assert int(refused.headers["retry-after"]) >= 1
         assert refused.json()["error"]["type"] == "ServiceUnavailableError"
         short.join(300)
-        assert short.finish_reasons == ["length"], "a running request was not left to finish"
-        server.process.send_signal(signal.SIGTERM)  # a second one: now
+        assert short.finish_reasons == ["length"], "an open request was not completed"
+        server.process.send_signal(signal.SIGTERM)  # the second one aborts
         for stream in long:
             stream.join(120)
             assert stream.finish_reasons == ["abort"]
@@ -73,11 +73,11 @@ def test_sigterm_drains_refuses_and_cuts(served_model, tmp_path):
         assert server.process.wait(120) == 0
 
 
-def test_engine_death_ends_every_request_and_the_process(served_model, tmp_path):
+def test_death_of_the_engine_ends_requests_and_the_process(served_model, tmp_path):
     with run_server(served_model, tmp_path / "log", "--no-measure", engine=LONG) as server:
         streams = [Stream(server, f"w{i}") for i in range(4)]
-        answers: list[httpx.Response] = []
-        asker = _collect(server, "w9", answers)
+        responses: list[httpx.Response] = []
+        thread = _collect(server, "w9", responses)
         eventually(lambda: all(stream.events for stream in streams), what="a first event on every stream")
         eventually(lambda: server.budget()["in_use"]["running"] == 5, what="five running")
         server.engine_core().send_signal(signal.SIGKILL)
@@ -93,6 +93,6 @@ def test_engine_death_ends_every_request_and_the_process(served_model, tmp_path)
             stream.join(60)
             assert "error" in json.loads(stream.events[-2])
             assert stream.events[-1] == "[DONE]"
-        asker.join(60)
-        assert answers[0].status_code == 500
-        assert answers[0].json()["error"]["code"] == 500
+        thread.join(60)
+        assert responses[0].status_code == 500
+        assert responses[0].json()["error"]["code"] == 500

@@ -8,7 +8,7 @@ NAMES = ("", "tomoe_serving", "uvicorn.error", "httpx")
 
 
 @pytest.fixture(autouse=True)
-def loggers_as_they_were():
+def restored_loggers():
     loggers = [logging.getLogger(name) for name in NAMES]
     before = [(logger, list(logger.handlers), logger.level, logger.propagate) for logger in loggers]
     yield
@@ -17,7 +17,7 @@ def loggers_as_they_were():
         logger.setLevel(level)
 
 
-def test_a_line_is_one_json_object_with_its_fields(capsys):
+def test_a_line_is_a_json_object_with_the_extra_fields(capsys):
     configure_logging("json", "info")
     logging.getLogger("tomoe_serving.access").info("GET %s", "/x\ny", extra={"status": 200})
     (line,) = capsys.readouterr().err.splitlines()
@@ -27,7 +27,7 @@ def test_a_line_is_one_json_object_with_its_fields(capsys):
     )  # fmt: skip
 
 
-def test_ours_survives_a_library_that_takes_the_root_over(capsys):
+def test_logger_of_the_package_survives_a_change_of_the_root(capsys):
     configure_logging("json", "info")
     logging.getLogger().handlers[:] = []
     logging.getLogger().setLevel("ERROR")

@@ -1,4 +1,4 @@
-"""TLS: the server answers over https only, and files that are no certificate are refused before anything loads."""
+"""TLS: the server speaks https only, and invalid files are refused before the checkpoint is read."""
 
 import contextlib
 import ssl
@@ -17,7 +17,7 @@ def certificate(tmp_path):
 
 
 def _refusal(run_cli, certificate, key) -> str:
-    """The one line for a checkpoint that is not there: the certificate is looked at first."""
+    """Error line for a missing checkpoint and these files: the files are checked first."""
     code, out, err = run_cli("serve", "/nowhere/model", "--tls-cert", certificate, "--tls-key", key)
     assert (code, out) == (2, "")
     assert err.count("\n") == 1, err
@@ -25,44 +25,44 @@ def _refusal(run_cli, certificate, key) -> str:
     return err
 
 
-def test_good_files_are_not_the_reason_for_a_refusal(run_cli, certificate):
+def test_valid_files_are_accepted(run_cli, certificate):
     code, _, err = run_cli("serve", "/nowhere/model", *certificate.flags)
     assert code == 2
     assert "not a model folder" in err
 
 
 @pytest.mark.parametrize("which", ["certificate", "key"])
-def test_a_missing_file(run_cli, certificate, which):
+def test_missing_file_is_refused(run_cli, certificate, which):
     getattr(certificate, which).unlink()
     assert f"{getattr(certificate, which)} is not a file" in _refusal(run_cli, certificate.certificate, certificate.key)
 
 
-@pytest.mark.parametrize("damage", [lambda data: b"", lambda data: b"\x00garbled", lambda data: data[: len(data) // 2]])
+@pytest.mark.parametrize("damage", [lambda data: b"", lambda data: b"\x00damaged", lambda data: data[: len(data) // 2]])
 @pytest.mark.parametrize("which", ["certificate", "key"])
-def test_a_garbled_file(run_cli, certificate, which, damage):
+def test_damaged_file_is_refused(run_cli, certificate, which, damage):
     file = getattr(certificate, which)
     file.write_bytes(damage(file.read_bytes()))
     said = {"certificate": "is not a PEM certificate", "key": "is not a PEM private key"}[which]
     assert f"{file} {said}" in _refusal(run_cli, certificate.certificate, certificate.key)
 
 
-def test_the_key_of_another_certificate(run_cli, certificate, tmp_path):
+def test_key_of_another_certificate_is_refused(run_cli, certificate, tmp_path):
     other = make_certificate(tmp_path, "other").key
     assert f"{other} is not the private key of" in _refusal(run_cli, certificate.certificate, other)
 
 
-def test_an_encrypted_key_is_refused_without_asking_for_its_password(run_cli, tmp_path):
+def test_encrypted_key_is_refused_without_a_password_prompt(run_cli, tmp_path):
     locked = make_certificate(tmp_path, "locked", password="secret")
     assert "is encrypted" in _refusal(run_cli, locked.certificate, locked.key)
 
 
-def test_certificate_and_key_the_wrong_way_round(run_cli, certificate):
+def test_swapped_files_are_refused(run_cli, certificate):
     assert "is not a PEM certificate" in _refusal(run_cli, certificate.key, certificate.certificate)
 
 
 @pytest.mark.engine
 @pytest.mark.slow
-def test_answers_over_https_and_to_nobody_else(served_model, certificate, tmp_path):
+def test_server_responds_over_https_only(served_model, certificate, tmp_path):
     from tests.helpers.servers import run_server
 
     flags = (*certificate.flags, "--no-measure", "--header-timeout", "1")
@@ -78,11 +78,11 @@ def test_answers_over_https_and_to_nobody_else(served_model, certificate, tmp_pa
             httpx.get(f"{server.url}/health", timeout=60)  # a client that does not trust the certificate
         with pytest.raises(httpx.TransportError):
             httpx.get(f"http://127.0.0.1:{server.port}/health", timeout=60)
-        assert _answer_to_unfinished_headers(certificate.trusted(), server.port).startswith(b"HTTP/1.1 408")
+        assert _response_to_unfinished_headers(certificate.trusted(), server.port).startswith(b"HTTP/1.1 408")
         assert "Traceback" not in server.log.read_text()
 
 
-def _answer_to_unfinished_headers(context: ssl.SSLContext, port: int) -> bytes:
+def _response_to_unfinished_headers(context: ssl.SSLContext, port: int) -> bytes:
     import socket
 
     with (
@@ -91,8 +91,8 @@ def _answer_to_unfinished_headers(context: ssl.SSLContext, port: int) -> bytes:
     ):
         secure.settimeout(60)
         secure.sendall(b"GET /health HTTP/1.1\r\nX-A: b\r\n")
-        answer = b""
+        response = b""
         with contextlib.suppress(ssl.SSLEOFError):
             while part := secure.recv(65536):
-                answer += part
-    return answer
+                response += part
+    return response
