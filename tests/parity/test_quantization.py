@@ -20,8 +20,9 @@ LARGEST = 63
 """Of a weight: without VNNI oneDNN adds two products in 16 bits, where 2 x 255 x 63 fits and 2 x 255 x 127 does not."""
 LINEARS = ("_proj", "fc1", "fc2", "dense")
 PACKED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
-LINEAR_LIMIT = 0.01
-"""Of a token and of an output channel: bfloat16 outputs and ties of rounding give 0.3 to 0.6 %."""
+OVERALL_LIMIT, WORST_LIMIT = 0.005, 0.01
+"""Relative RMS over all values, and of the worst token or output channel. bfloat16 outputs and ties of rounding give
+0.27 % and 0.62 %; without quantized activations the engine would differ by at least 0.7 % overall."""
 QUANTIZATION = {
     "quant_method": "compressed-tensors",
     "format": "int-quantized",
@@ -92,9 +93,10 @@ def expected_output(linears: dict[str, nn.Linear], name: str, x: torch.Tensor, i
     return torch.cat([x @ part.weight.double().T + bias for part, bias in zip(parts, biases, strict=True)], dim=-1)
 
 
-def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
-    """The larger relative RMS of the worst token and of the worst output channel, both over all tokens."""
-    return max(relative_rms(actual, expected)[1], relative_rms(actual.T, expected.T)[1])
+def is_product(actual: torch.Tensor, expected: torch.Tensor) -> bool:
+    """Whether two outputs [T, N] agree over all values, for each token and for each output channel."""
+    (overall, worst_token), (_, worst_channel) = relative_rms(actual, expected), relative_rms(actual.T, expected.T)
+    return overall < OVERALL_LIMIT and max(worst_token, worst_channel) < WORST_LIMIT
 
 
 @pytest.fixture(scope="module", params=["llama", "phi"])
@@ -118,8 +120,7 @@ def test_int8_linears_compute_the_quantized_product(run):
     linears = quantized_linears(model)
     assert len(calls) == 4 * model.config.num_hidden_layers
     for name, (x, output) in calls.items():
-        error = relative_error(output, expected_output(linears, name, x))
-        assert error < LINEAR_LIMIT, f"{name}: {error:.2%}"
+        assert is_product(output, expected_output(linears, name, x)), name
 
 
 def test_tolerance_catches_a_channel_with_a_wrong_scale_and_exact_activations(run):
@@ -128,9 +129,9 @@ def test_tolerance_catches_a_channel_with_a_wrong_scale_and_exact_activations(ru
         wrong = copy.deepcopy(model)
         for linear in quantized_linears(wrong).values():
             linear.weight.data[7] *= 1.02
-        assert relative_error(output, expected_output(quantized_linears(wrong), name, x)) > LINEAR_LIMIT, name
+        assert not is_product(output, expected_output(quantized_linears(wrong), name, x)), name
         exact = expected_output(quantized_linears(model), name, x, is_quantized=False)
-        assert relative_error(output, exact) > LINEAR_LIMIT, name
+        assert not is_product(output, exact), name
 
 
 def test_int8_model_is_as_near_as_rounding_allows(run):
