@@ -11,6 +11,8 @@ Qwen-3), in quantized checkpoints, with LoRA (adapters have the size of whole he
 are more than a table look-up.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -101,15 +103,9 @@ class ToMoEAttention(nn.Module):
 
         has_lora = get_current_vllm_config().lora_config is not None
         is_pruned = quant_config is None and not has_lora and is_plain_rotary(self.rotary_emb)
-        whole = HeadWidths(query_key=shape.head_dim, value=shape.head_dim)
-        self.kept = kept_widths(config, layer_idx) if is_pruned else whole
-        # Only the work after loading differs from the original method.
-        if self.kept != whole:
-            replace_quant_method(self.qkv_proj, PrunedLinearMethod(self._kept_rows))
-            self.rotary_emb = SelectedRotaryEmbedding(self.rotary_emb, self.kept.query_key)
-        if self.kept.value < shape.head_dim:
-            replace_quant_method(output, PrunedLinearMethod(self._kept_columns, is_column=True))
-
+        self.kept = HeadWidths(query_key=shape.head_dim, value=shape.head_dim)
+        if is_pruned:
+            self._prune(kept_widths(config, layer_idx), output)
         self.cached, backend = choose_cache(config, is_pruned)
         self.attn = Attention(
             self.num_heads,
@@ -122,12 +118,16 @@ class ToMoEAttention(nn.Module):
             attn_backend=backend,
             head_size_v=self.cached.value,
         )
-        backend = self.attn.attn_backend
-        if not backend.supports_head_size(self.cached.query_key):
-            raise ValueError(
-                f"head_dim is {shape.head_dim}; vLLM's {backend.get_name()} attention backend supports "
-                f"{', '.join(map(str, backend.get_supported_head_sizes()))}. Serve this model on another platform"
-            )
+        _check_head_size(self.attn.attn_backend, shape.head_dim, self.cached.query_key)
+
+    def _prune(self, kept: HeadWidths, output: RowParallelLinear) -> None:
+        """Prepare the linears and the rotary embedding for heads of ``kept`` dims. Weights are pruned after loading."""
+        if kept != self.kept:
+            replace_quant_method(self.qkv_proj, PrunedLinearMethod(self._kept_rows))
+            self.rotary_emb = SelectedRotaryEmbedding(self.rotary_emb, kept.query_key)
+        if kept.value < self.head_dim:
+            replace_quant_method(output, PrunedLinearMethod(self._kept_columns, is_column=True))
+        self.kept = kept
 
     def forward(self, positions: Tensor, hidden_states: Tensor) -> Tensor:
         """Self-attention of T tokens. ``positions``: [T] int64; ``hidden_states``: [T, D]. Returns [T, D]."""
@@ -207,6 +207,14 @@ def _resize_heads(heads: Tensor, width: int, size: int) -> Tensor:
         return heads
     split = heads.unflatten(-1, (-1, width))
     return (F.pad(split, (0, size - width)) if width < size else split[..., :size]).flatten(-2)
+
+
+def _check_head_size(backend: Any, head_dim: int, head_size: int) -> None:
+    if not backend.supports_head_size(head_size):
+        raise ValueError(
+            f"head_dim is {head_dim}; vLLM's {backend.get_name()} attention backend supports "
+            f"{', '.join(map(str, backend.get_supported_head_sizes()))}. Serve this model on another platform"
+        )
 
 
 def _check_heads(num_heads: int, num_kv_heads: int, tp_size: int) -> None:

@@ -187,10 +187,27 @@ def expert_mlp_gather(
     Correct for any number of tokens; with more than about three, other paths are faster.
     """
     config = config or GatherConfig()
+    if hidden_states.shape[0] == 0:
+        return torch.empty_like(hidden_states)
+    hidden = _gather_up(hidden_states, expert_ids, weights, config)
+    partial = _gather_down(hidden, expert_ids, weights, config)
+    output = hidden_states.new_empty(hidden_states.shape)
+    gather_reduce_kernel[(triton.cdiv(output.numel(), config.reduce_block),)](
+        partial,
+        output,
+        output.numel(),
+        SPLIT_K=config.split_k,
+        BLOCK=config.reduce_block,
+        num_warps=4,
+        enable_fp_fusion=True,
+    )
+    return output
+
+
+def _gather_up(hidden_states: Tensor, expert_ids: Tensor, weights: ExpertTensors, config: GatherConfig) -> Tensor:
+    """Returns ``hidden`` [T, H] of the dtype of ``hidden_states``."""
     num_tokens, hidden_size = hidden_states.shape
     num_neurons, table_width = weights.down.shape[0], weights.neuron_ids.shape[1]
-    if num_tokens == 0:
-        return torch.empty_like(hidden_states)
     num_tiles = triton.cdiv(table_width, config.up_block_n)
     hidden = hidden_states.new_empty((num_tokens, num_tiles * config.up_block_n))
     gather_up_kernel[(num_tokens, num_tiles)](
@@ -215,7 +232,13 @@ def expert_mlp_gather(
         num_warps=config.up_warps,
         enable_fp_fusion=True,
     )
-    partial = hidden_states.new_empty((config.split_k, num_tokens, hidden_size), dtype=torch.float32)
+    return hidden
+
+
+def _gather_down(hidden: Tensor, expert_ids: Tensor, weights: ExpertTensors, config: GatherConfig) -> Tensor:
+    """Returns ``partial`` [SPLIT_K, T, D] float32."""
+    num_tokens, hidden_size = hidden.shape[0], weights.down.shape[1]
+    partial = hidden.new_empty((config.split_k, num_tokens, hidden_size), dtype=torch.float32)
     gather_down_kernel[(num_tokens, triton.cdiv(hidden_size, config.down_block_n), config.split_k)](
         hidden,
         expert_ids,
@@ -225,7 +248,7 @@ def expert_mlp_gather(
         partial,
         hidden.shape[1],
         hidden_size,
-        table_width,
+        weights.neuron_ids.shape[1],
         IS_EVEN=hidden_size % config.down_block_n == 0,
         BLOCK_N=config.down_block_n,
         BLOCK_K=config.down_block_k,
@@ -234,14 +257,4 @@ def expert_mlp_gather(
         num_warps=config.down_warps,
         enable_fp_fusion=True,
     )
-    output = hidden_states.new_empty((num_tokens, hidden_size))
-    gather_reduce_kernel[(triton.cdiv(output.numel(), config.reduce_block),)](
-        partial,
-        output,
-        output.numel(),
-        SPLIT_K=config.split_k,
-        BLOCK=config.reduce_block,
-        num_warps=4,
-        enable_fp_fusion=True,
-    )
-    return output
+    return partial

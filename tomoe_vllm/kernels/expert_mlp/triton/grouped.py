@@ -248,7 +248,11 @@ def grouped_down_kernel(
     tl.store(out_ptr, acc.to(output_ptr.dtype.element_ty), mask=is_token[:, None] & is_dim[None, :])
 
 
-def group_tokens(expert_ids: Tensor, num_experts: int, block_m: int) -> tuple[Tensor, Tensor, Tensor]:
+Groups = tuple[Tensor, Tensor, Tensor]
+"""``slots``, ``block_experts`` and ``num_blocks`` of :func:`group_tokens`."""
+
+
+def group_tokens(expert_ids: Tensor, num_experts: int, block_m: int) -> Groups:
     """Sort the tokens by expert on the device, into buffers of upper-bound size.
 
     ``expert_ids``: [M] int32 or int64. Returns ``slots`` [B * block_m] int32 (token of each slot, M for padding),
@@ -284,8 +288,7 @@ def expert_mlp_grouped(
 
     ``config``: by default that of :func:`grouped_config` for the number of tokens and the tensors' device.
     """
-    num_tokens, hidden_size = hidden_states.shape
-    num_neurons, (num_experts, table_width) = weights.down.shape[0], weights.neuron_ids.shape
+    num_tokens, num_experts = hidden_states.shape[0], weights.neuron_ids.shape[0]
     if config is None:
         is_cuda = hidden_states.is_cuda
         capability = torch.cuda.get_device_capability(hidden_states.device) if is_cuda else (8, 0)
@@ -293,9 +296,18 @@ def expert_mlp_grouped(
     assert config.up_block_n % config.down_block_k == 0
     if num_tokens == 0:
         return torch.empty_like(hidden_states)
-    slots, block_experts, num_blocks = group_tokens(expert_ids, num_experts, config.block_m)
+    groups = group_tokens(expert_ids, num_experts, config.block_m)
+    hidden = _grouped_up(hidden_states, groups, weights, config)
+    return _grouped_down(hidden, groups, weights, config)
+
+
+def _grouped_up(hidden_states: Tensor, groups: Groups, weights: ExpertTensors, config: GroupedConfig) -> Tensor:
+    """Returns ``hidden`` [M, H] of the dtype of ``hidden_states``."""
+    num_tokens, hidden_size = hidden_states.shape
+    num_neurons, table_width = weights.down.shape[0], weights.neuron_ids.shape[1]
     num_tiles = triton.cdiv(table_width, config.up_block_n)
     hidden = hidden_states.new_empty((num_tokens, num_tiles * config.up_block_n))
+    slots, block_experts, num_blocks = groups
     grouped_up_kernel[(block_experts.shape[0] * num_tiles,)](
         hidden_states,
         weights.up,
@@ -322,7 +334,14 @@ def expert_mlp_grouped(
         num_warps=config.up_warps,
         enable_fp_fusion=True,
     )
-    output = hidden_states.new_empty((num_tokens, hidden_size))
+    return hidden
+
+
+def _grouped_down(hidden: Tensor, groups: Groups, weights: ExpertTensors, config: GroupedConfig) -> Tensor:
+    """Returns the output, [M, D] of the dtype of ``hidden``."""
+    num_tokens, hidden_size = hidden.shape[0], weights.down.shape[1]
+    output = hidden.new_empty((num_tokens, hidden_size))
+    slots, block_experts, num_blocks = groups
     grouped_down_kernel[(block_experts.shape[0] * triton.cdiv(hidden_size, config.down_block_n),)](
         hidden,
         weights.down,
@@ -335,7 +354,7 @@ def expert_mlp_grouped(
         num_tokens,
         hidden.shape[1],
         hidden_size,
-        table_width,
+        weights.neuron_ids.shape[1],
         IS_EVEN=hidden_size % config.down_block_n == 0,
         BLOCK_M=config.block_m,
         BLOCK_N=config.down_block_n,
