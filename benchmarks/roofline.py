@@ -48,7 +48,7 @@ def main() -> None:
     parser.add_argument("--num-experts", type=int, default=8)
     arguments = parser.parse_args()
     if not 0 < arguments.active_ratio <= 1 or arguments.num_experts < 1:
-        parser.error("--active-ratio must lie in (0, 1] and --num-experts be at least 1")
+        parser.error("--active-ratio must be in (0, 1], and --num-experts at least 1")
     table = rows(arguments.active_ratio, arguments.num_experts)
     print(markdown(table))
     print(json.dumps({"active_ratio": arguments.active_ratio, "num_experts": arguments.num_experts, "rows": table}))
