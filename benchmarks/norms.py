@@ -1,7 +1,7 @@
 """What the decoder's norm costs on this CPU. Run: python benchmarks/norms.py
 
-vLLM's RMSNorm with a residual, in plain torch as vLLM's dense models run it on CPUs, and by vLLM's compiled kernel as
-``layers/norm.py`` does. Microseconds, medians of turns; the last line is JSON.
+RMSNorm with a residual: in plain torch, as vLLM runs it on CPUs, and by vLLM's compiled kernel, as ``layers/norm.py``
+runs it. Calls are interleaved. Prints medians in microseconds; the last line is JSON.
 """
 
 import json
@@ -24,8 +24,8 @@ def main() -> None:
         norms = {"plain": RMSNorm(hidden_size), "compiled": ToMoERMSNorm(hidden_size)}
         for num_tokens in NUM_TOKENS:
             x, residual = torch.randn(num_tokens, hidden_size), torch.randn(num_tokens, hidden_size)
-            ways = {name: lambda norm=norm, x=x, residual=residual: norm(x, residual) for name, norm in norms.items()}
-            samples = interleave(ways, rounds=200, warm_up=20)
+            calls = {name: lambda norm=norm, x=x, residual=residual: norm(x, residual) for name, norm in norms.items()}
+            samples = interleave(calls, rounds=200, warm_up=20)
             row = {name: summary(values, 1e6) for name, values in samples.items()}
             rows.append({"hidden_size": hidden_size, "num_tokens": num_tokens, "us": row})
             ratio = row["plain"]["median"] / row["compiled"]["median"]

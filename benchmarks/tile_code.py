@@ -1,8 +1,9 @@
-"""What the compiler makes of the CPU kernels' tiles: python benchmarks/tile_code.py --isa AVX512
+"""Machine code of the CPU micro-kernels. Run: python benchmarks/tile_code.py --isa AVX512
 
-Nothing is run, so the CPU may be another one. Of each tile's loop: multiply-adds, and accesses to vectors on the stack,
-which are sums that found no register. With llvm-mca (Debian: llvm) also the cycles that its model of ``--cpu`` needs
-for one pass of the loop, operands in L1: how near arithmetic comes to that CPU's peak. The last line is JSON.
+Compiles the kernels and runs none of them, so the instruction set may be that of another CPU. For the innermost loop of
+each micro-kernel: the number of multiply-adds, and of accesses to vectors on the stack, which are sums that found no
+register. With llvm-mca (Debian: llvm) also the cycles of one iteration by its model of ``--cpu``, with operands in L1.
+The last line is JSON.
 """
 
 import argparse
@@ -21,13 +22,13 @@ from tomoe_vllm.kernels import build
 
 REGISTERS = {"AVX512": "%zmm", "AVX2": "%ymm"}
 CPUS = {"AVX512": "icelake-server", "AVX2": "haswell"}
-"""Of llvm-mca: models with two units for multiply-adds, as the CPUs have them."""
+"""Models of llvm-mca with two units for multiply-adds."""
 ITERATIONS = 1000
 
 
 @dataclass(frozen=True)
 class Loop:
-    """The shortest innermost loop of a tile (where columns fill whole vectors)."""
+    """The shortest innermost loop of a micro-kernel, which handles whole vectors."""
 
     tile: str
     multiply_adds: int
@@ -46,18 +47,18 @@ def functions_of(library: Path) -> Iterator[tuple[str, list[tuple[int, str]]]]:
 
 
 def innermost_loops(instructions: list[tuple[int, str]]) -> list[list[str]]:
-    """Stretches from a jump's target to the jump backwards that hold no other one."""
-    place = {address: i for i, (address, _) in enumerate(instructions)}
-    stretches = []
+    """Instructions from the target of a backward jump to the jump, where they contain no other such loop."""
+    index = {address: i for i, (address, _) in enumerate(instructions)}
+    loops = []
     for end, (_, instruction) in enumerate(instructions):
-        if (jump := re.match(r"j\w+\s+([0-9a-f]+)$", instruction)) and place.get(int(jump[1], 16), end + 1) <= end:
-            stretches.append((place[int(jump[1], 16)], end))
-    inner = [s for s in stretches if not any(s != t and s[0] <= t[0] and t[1] <= s[1] for t in stretches)]
+        if (jump := re.match(r"j\w+\s+([0-9a-f]+)$", instruction)) and index.get(int(jump[1], 16), end + 1) <= end:
+            loops.append((index[int(jump[1], 16)], end))
+    inner = [s for s in loops if not any(s != t and s[0] <= t[0] and t[1] <= s[1] for t in loops)]
     return [[instruction for _, instruction in instructions[begin : end + 1]] for begin, end in inner]
 
 
 def cycles_of(loop: list[str], cpu: str) -> float | None:
-    """By llvm-mca's model of ``cpu``, or None without it."""
+    """Cycles of one iteration by llvm-mca's model of ``cpu``; None without llvm-mca."""
     if not (analyzer := shutil.which("llvm-mca")):
         return None
     code = "\n".join([".begin:", *(re.sub(r"^(j\w+)\s.*", r"\1 .begin", instruction) for instruction in loop), ""])
@@ -69,7 +70,7 @@ def cycles_of(loop: list[str], cpu: str) -> float | None:
 
 
 def tiles_of(isa: str, cpu: str) -> list[Loop]:
-    """The tiles' loops, built for ``isa``."""
+    """The loops of all micro-kernels, compiled for ``isa``."""
     register, tiles = REGISTERS[isa], {}
     for name, instructions in functions_of(build.build(isa)):
         tile = re.match(r"void tomoe::(\w+_tile<[^>]*>)", name)
@@ -86,7 +87,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     here = torch.backends.cpu.get_cpu_capability()
     parser.add_argument("--isa", choices=REGISTERS, default=here if here in REGISTERS else "AVX2")
-    parser.add_argument("--cpu", help="a CPU that llvm-mca knows (default: one with that instruction set)")
+    parser.add_argument("--cpu", help="a CPU model of llvm-mca (default: one with that instruction set)")
     arguments = parser.parse_args()
     if not shutil.which("objdump"):
         sys.exit("objdump was not found; install binutils")

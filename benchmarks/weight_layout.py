@@ -1,14 +1,14 @@
-"""What does each step of the weights' layout give? Run: python benchmarks/weight_layout.py --shape 1b
+"""What each part of the weights' layout is worth. Run: python benchmarks/weight_layout.py --shape 1b
 
-The same op on weights that lie differently (``kernels/expert_mlp/rows.py``), in turn in one process:
+The same op on weights in different layouts (``kernels/expert_mlp/weight_layout.py``), calls interleaved in one process:
 
-served       as the layer has them
-unordered    neurons in the checkpoint's order
+served       the layout of the layer
+unordered    neurons in the order of the checkpoint
 rows         W_down as one row per neuron instead of panels
-small pages  in memory that nobody asked huge pages for (where Linux gives them on request only)
+small pages  in memory without advice to use huge pages (matters where Linux gives them on request only)
 
-Experts are random, or with ``--checkpoint DIR`` those of its layers, whose size is then taken (``--shape`` is not).
-Milliseconds a layer, medians, and the runs that an expert's rows lie in; the last line is JSON.
+Experts are random, or with ``--checkpoint DIR`` those of that checkpoint's layers, whose size replaces ``--shape``.
+Prints medians in milliseconds a layer and the contiguous runs of rows per expert; the last line is JSON.
 """
 
 import argparse
@@ -29,7 +29,7 @@ from tomoe_vllm.kernels.expert_mlp import ExpertWeights, expert_mlp
 from tomoe_vllm.kernels.expert_mlp.weight_layout import empty_panels, empty_rows, neuron_lists, neuron_order
 
 CHANGES = {"served": "", "unordered": "order", "rows": "panels", "small pages": "huge pages"}
-"""What each way goes without."""
+"""Layouts and the part that each of them lacks."""
 
 
 def lay_out(masks: Tensor, hidden_size: int, without: str) -> ExpertWeights:
@@ -46,12 +46,12 @@ def lay_out(masks: Tensor, hidden_size: int, without: str) -> ExpertWeights:
 
 
 def like(weights: Tensor) -> Tensor:
-    """Uninitialized, with the strides of ``weights``, in memory from malloc."""
+    """Uninitialized, with the shape and strides of ``weights``, allocated by malloc."""
     return torch.empty(weights.untyped_storage().nbytes() // 4).as_strided(weights.shape, weights.stride())
 
 
 def runs_of(weights: ExpertWeights) -> float:
-    """Runs that an expert's rows lie in, on average."""
+    """Contiguous runs of rows per expert, on average."""
     before = torch.zeros(len(weights.masks), 1)
     return (weights.masks.diff(dim=1, prepend=before) == 1).sum(dim=1).float().mean().item()
 
@@ -63,7 +63,7 @@ def random_experts(shape: Shape, count: int) -> list[Tensor]:
 
 
 def experts_of(checkpoint: Path) -> tuple[int, list[Tensor]]:
-    """hidden_size of a ToMoE checkpoint, and the expert masks of its layers."""
+    """hidden_size of a ToMoE checkpoint, and the expert masks [N, F] of its layers."""
     config = json.loads((checkpoint / "config.json").read_text())
     masks = []
     for file in sorted(checkpoint.glob("*.safetensors")):
@@ -76,20 +76,20 @@ def experts_of(checkpoint: Path) -> tuple[int, list[Tensor]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shape", choices=SHAPES, default="1b")
-    parser.add_argument("--checkpoint", type=Path, help="a ToMoE checkpoint, for its experts")
+    parser.add_argument("--checkpoint", type=Path, help="a ToMoE checkpoint whose experts to use")
     parser.add_argument("--tokens", type=int, nargs="+", default=[1, 2, 4, 8, 16, 64, 256])
     arguments = parser.parse_args()
     if not build.load():
         sys.exit("the CPU kernels could not be compiled")
     shape = SHAPES[arguments.shape]
-    # As many layers as ways at least: two at the same layer would find its rows in the cache.
+    # At least as many layers as layouts: two at the same layer would find its rows in the cache.
     count = max(len(CHANGES), min(shape.num_layers, WALKED_BYTES // shape.mlp_bytes))
     hidden_size, experts = shape.hidden_size, random_experts(shape, count)
     if arguments.checkpoint:
         hidden_size, experts = experts_of(arguments.checkpoint)
     layers = [{name: lay_out(masks, hidden_size, without) for name, without in CHANGES.items()} for masks in experts]
     runs = {name: sum(runs_of(layer[name]) for layer in layers) / len(layers) for name in CHANGES}
-    print(", ".join(f"{name} {value:.0f}" for name, value in runs.items()), "runs an expert", file=sys.stderr)
+    print(", ".join(f"{name} {value:.0f}" for name, value in runs.items()), "runs per expert", file=sys.stderr)
     generator = torch.Generator().manual_seed(1)
     rows = []
     for num_tokens in arguments.tokens:

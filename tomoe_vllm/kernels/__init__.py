@@ -1,1 +1,1 @@
-"""One folder per operation: checks and dispatch in __init__.py, the plain-torch version in reference.py."""
+"""Ops of ToMoE: one folder per op, schemas in ops.py, compiled by build.py. See README.md."""

@@ -3,11 +3,11 @@
     hidden = act(gate) * up * mask[expert of the token]      gated (SwiGLU)
     hidden = act(up) * mask[expert of the token]             not gated (Phi)
 
-This is what makes a dense MLP a ToMoE one (eq. 3 and appendix B.3, "pseudo-MoE"): the GEMMs on both sides
-stay the dense ones, so every quantization, LoRA and tensor parallelism of vLLM applies to them.
+With it a dense MLP computes ToMoE (eq. 3 and appendix B.3, "pseudo-MoE"): the GEMMs on both sides stay those of the
+dense model, so vLLM's quantization, LoRA and tensor parallelism apply to them.
 
-Masks come as a table [N, F] in the model's dtype, not as signature bits. Measured for F = 1536 on one core
-(dense activation alone 6 us for 1 token, 17 us for 16): table 8 and 22 us, bits 18 and 34 us.
+Masks are a table [N, F] in the model's dtype, not signature bits. Measured for F = 1536 on one core (the dense
+activation alone takes 6 us for 1 token and 17 us for 16): table 8 and 22 us, bits 18 and 34 us.
 """
 
 from torch import Tensor
@@ -28,7 +28,7 @@ def expert_activation(projected: Tensor, expert_ids: Tensor, expert_masks: Tenso
     ``expert_ids``: [T] int64. ``expert_masks``: [N, F] of ones and zeros, dtype of ``projected``.
     ``activation``: a Hugging Face ``hidden_act``. Returns [T, F]. No host sync, static shapes.
 
-    Raises ``ValueError`` for an unknown activation or widths that do not belong together.
+    Raises ``ValueError`` for an unknown activation or widths that do not fit together.
     """
     require_activation(activation)
     num_neurons = expert_masks.shape[1]

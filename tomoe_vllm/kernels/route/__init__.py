@@ -1,7 +1,7 @@
-"""``tomoe::route``: the expert of each token, on every device; in C++ on CPUs once ``kernels.build`` is loaded.
+"""``tomoe::route``: the expert of each token. Plain torch on any device; C++ on CPUs after ``build.load()``.
 
-``tomoe::route_recorded`` also leaves the experts in a buffer of the caller's, as bytes: one op, since a copy after it
-would cost a small model's step more than the routing itself.
+``tomoe::route_recorded`` also writes the experts to a buffer, as bytes. It is one op because a copy after it would cost
+a step of a small model more than the routing itself.
 """
 
 import torch
@@ -29,8 +29,8 @@ LIBRARY.impl("route_recorded", _route_recorded, "CompositeExplicitAutograd")
 def route(hidden_states: Tensor, router_weight: Tensor, record: Tensor | None = None) -> Tensor:
     """Argmax of the router's float32 logits (eq. 3).
 
-    ``hidden_states``: [T, D], any float dtype; ``router_weight``: [N, D] float32; ``record``: [at least T] uint8, gets
-    the experts too (N at most 255). Returns [T] int64.
+    ``hidden_states``: [T, D], any float dtype; ``router_weight``: [N, D] float32; ``record``: [at least T] uint8,
+    which receives the experts too (N at most 255), or None. Returns [T] int64.
     """
     if record is None:
         return torch.ops.tomoe.route.default(hidden_states.float(), router_weight)

@@ -9,8 +9,8 @@ namespace {
 
 // [T] int64; also written to ``record`` as bytes unless that is null.
 Tensor route_tokens(const Tensor& hidden_states, const Tensor& router_weight, uint8_t* record) {
-  STD_TORCH_CHECK(hidden_states.scalar_type() == ScalarType::Float && router_weight.scalar_type() == ScalarType::Float &&
-                      router_weight.is_contiguous(),
+  STD_TORCH_CHECK(hidden_states.scalar_type() == ScalarType::Float &&
+                      router_weight.scalar_type() == ScalarType::Float && router_weight.is_contiguous(),
                   "tomoe::route on CPU takes float32 hidden_states and a contiguous float32 router_weight");
   const Tensor x = as_contiguous(hidden_states);
   const int64_t tokens = x.size(0), depth = x.size(1), experts = router_weight.size(0);
@@ -42,9 +42,10 @@ Tensor route_tokens(const Tensor& hidden_states, const Tensor& router_weight, ui
 Tensor route(Tensor hidden_states, Tensor router_weight) { return route_tokens(hidden_states, router_weight, nullptr); }
 
 Tensor route_recorded(Tensor hidden_states, Tensor router_weight, Tensor record) {
-  STD_TORCH_CHECK(record.scalar_type() == ScalarType::Byte && record.is_contiguous() && record.dim() == 1 &&
-                      record.size(0) >= hidden_states.size(0) && router_weight.size(0) <= 255,
-                  "tomoe::route_recorded takes a contiguous uint8 record of at least one byte per token, and up to 255 experts");
+  STD_TORCH_CHECK(
+      record.scalar_type() == ScalarType::Byte && record.is_contiguous() && record.dim() == 1 &&
+          record.size(0) >= hidden_states.size(0) && router_weight.size(0) <= 255,
+      "tomoe::route_recorded takes a contiguous uint8 record of at least one byte per token, and up to 255 experts");
   return route_tokens(hidden_states, router_weight, data_of<uint8_t>(record));
 }
 

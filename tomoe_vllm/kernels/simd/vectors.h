@@ -44,12 +44,20 @@ inline void sum4(const Vec* v, float* out) {
 typedef float Vec __attribute__((vector_size(kLanes * sizeof(float))));
 
 inline Vec zero() { return Vec{}; }
-inline Vec load(const float* p) { Vec v; std::memcpy(&v, p, sizeof v); return v; }
+inline Vec load(const float* p) {
+  Vec v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
 inline size_t bytes_of(int64_t n) {  // of the first n floats of a vector
   if (n < 0 || n > kLanes) __builtin_unreachable();
   return n * sizeof(float);
 }
-inline Vec load_first(const float* p, int64_t n) { Vec v{}; std::memcpy(&v, p, bytes_of(n)); return v; }
+inline Vec load_first(const float* p, int64_t n) {
+  Vec v{};
+  std::memcpy(&v, p, bytes_of(n));
+  return v;
+}
 inline void store(float* p, Vec v) { std::memcpy(p, &v, sizeof v); }
 inline void store_first(float* p, Vec v, int64_t n) { std::memcpy(p, &v, bytes_of(n)); }
 inline Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }  // contracted to one instruction where there is one
@@ -97,8 +105,9 @@ enum class Activation { kSilu, kRelu, kGelu, kGeluTanh };
 
 // By Hugging Face's hidden_act: the names of ACTIVATIONS in expert_activation/reference.py.
 constexpr std::pair<const char*, Activation> kActivations[] = {
-    {"silu", Activation::kSilu},          {"relu", Activation::kRelu},          {"gelu", Activation::kGelu},
-    {"gelu_new", Activation::kGeluTanh},  {"gelu_fast", Activation::kGeluTanh}, {"gelu_pytorch_tanh", Activation::kGeluTanh},
+    {"silu", Activation::kSilu},          {"relu", Activation::kRelu},
+    {"gelu", Activation::kGelu},          {"gelu_new", Activation::kGeluTanh},
+    {"gelu_fast", Activation::kGeluTanh}, {"gelu_pytorch_tanh", Activation::kGeluTanh},
 };
 
 template <Activation A>
@@ -114,10 +123,14 @@ inline float activate(float x) {
 template <typename Use>
 void with_activation(Activation activation, Use use) {
   switch (activation) {
-    case Activation::kSilu: return use.template operator()<Activation::kSilu>();
-    case Activation::kRelu: return use.template operator()<Activation::kRelu>();
-    case Activation::kGelu: return use.template operator()<Activation::kGelu>();
-    case Activation::kGeluTanh: return use.template operator()<Activation::kGeluTanh>();
+    case Activation::kSilu:
+      return use.template operator()<Activation::kSilu>();
+    case Activation::kRelu:
+      return use.template operator()<Activation::kRelu>();
+    case Activation::kGelu:
+      return use.template operator()<Activation::kGelu>();
+    case Activation::kGeluTanh:
+      return use.template operator()<Activation::kGeluTanh>();
   }
 }
 

@@ -1,6 +1,6 @@
-"""``tomoe::mask_values``: each token's value mask (eq. 5) on its attention output; one call in C++ on CPUs.
+"""``tomoe::mask_values``: applies each token's value mask (eq. 5) to its attention output; one C++ call on CPUs.
 
-In torch ops it takes some 90 us per layer for one token, most of it their launches; the model has it in every layer.
+As separate torch ops it takes about 90 us per layer for one token, most of it the overhead of ten calls.
 """
 
 import torch
@@ -42,9 +42,9 @@ def mask_values(
 
     ``attention``: [T, H * A]; ``hidden_states``: [T, D], what q, k and v were projected from, same dtype;
     ``down_weight``: [R, D]; ``down_bias``, ``norm_weight``, ``norm_bias``: [R]; ``up_weight``: [A, R], all float32.
-    Returns [T, H * A]. On ties it keeps the dims that ``tomoe_math.top_mask`` keeps.
+    Returns [T, H * A]. Ties are resolved as in ``tomoe_math.top_mask``.
     """
-    if attention.device.type == "cpu" and attention.dtype != torch.float32:  # the C++ takes float32 alone
+    if attention.device.type == "cpu" and attention.dtype != torch.float32:  # the C++ takes float32 only
         return mask_values_reference(
             attention, hidden_states, down_weight, down_bias, norm_weight, norm_bias, up_weight, width
         )

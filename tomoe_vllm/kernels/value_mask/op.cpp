@@ -64,7 +64,8 @@ void select(const float* logits, int64_t size, int64_t width, std::vector<std::p
 
 Tensor mask_values(Tensor attention, Tensor hidden_states, Tensor down_weight, Tensor down_bias, Tensor norm_weight,
                    Tensor norm_bias, Tensor up_weight, int64_t width) {
-  for (const Tensor* tensor : {&attention, &hidden_states, &down_weight, &down_bias, &norm_weight, &norm_bias, &up_weight})
+  for (const Tensor* tensor :
+       {&attention, &hidden_states, &down_weight, &down_bias, &norm_weight, &norm_bias, &up_weight})
     STD_TORCH_CHECK(tensor->scalar_type() == ScalarType::Float, "tomoe::mask_values on CPU takes float32");
   STD_TORCH_CHECK(down_weight.is_contiguous() && up_weight.is_contiguous(),
                   "tomoe::mask_values takes contiguous weights");

@@ -23,6 +23,7 @@ def run_handle(case, handle):
     return torch.ops.tomoe.prepared_expert_mlp(*case[:2], handle)
 
 
+@pytest.mark.process
 def test_a_saved_handle_is_refused_in_another_process(tmp_path):
     case = make_case(3, 64, 96, 8)
     weights = ExpertWeights(*case[2:], "silu")

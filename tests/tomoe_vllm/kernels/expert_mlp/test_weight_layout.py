@@ -1,4 +1,4 @@
-"""How the op's weights lie in memory, and the lists of neurons."""
+"""The layout of the weights in memory, and the lists of neurons."""
 
 import re
 from pathlib import Path
@@ -13,7 +13,7 @@ from tomoe_vllm.kernels.expert_mlp.weight_layout import HUGE_PAGE, empty_panels,
 @pytest.mark.parametrize(
     ("hidden", "threads", "panels"), [(576, 2, 6), (576, 4, 12), (2048, 2, 32), (576, 64, 6), (50, 2, 0), (96, 2, 2)]
 )
-def test_every_thread_has_its_share_of_panels(monkeypatch, hidden, threads, panels):
+def test_panels_are_a_multiple_of_the_threads_where_they_can_be(monkeypatch, hidden, threads, panels):
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     rows = empty_panels(7, hidden)
     assert rows.shape == ((7, panels, hidden // panels) if panels else (7, hidden))
@@ -42,12 +42,12 @@ def test_order_of_neurons_gives_experts_few_runs():
     gray = [0b000, 0b001, 0b011, 0b010, 0b110, 0b111, 0b101, 0b100]
     codes = torch.tensor([[code >> bit & 1 for code in sorted(gray)] for bit in (2, 1, 0)])
     assert neuron_order(codes).tolist() == gray
-    assert neuron_order(torch.ones(300, 4)).tolist() == [0, 1, 2, 3]  # equal ones stay as they are, of any number
+    assert neuron_order(torch.ones(300, 4)).tolist() == [0, 1, 2, 3]  # the sort is stable, also beyond 256 experts
 
 
 @pytest.mark.parametrize(("hidden", "stride"), [(576, 576), (2048, 2064), (96, 96)])
 @pytest.mark.parametrize("num_rows", [1, 3000])
-def test_rows_of_weights_lie_apart_and_on_huge_pages(num_rows, hidden, stride):
+def test_row_strides_avoid_multiples_of_512_bytes(num_rows, hidden, stride):
     rows = empty_rows(num_rows, hidden)
     assert (rows.shape, rows.stride(0), rows.dtype) == ((num_rows, hidden), stride, torch.float32)
     others = [empty_rows(5, 48).fill_(7) for _ in range(3)]
@@ -59,11 +59,11 @@ def test_rows_of_weights_lie_apart_and_on_huge_pages(num_rows, hidden, stride):
         assert empty_panels(2, 64).is_meta
 
 
-def test_weights_lie_on_huge_pages():
+def test_weights_are_on_huge_pages():
     modes = Path("/sys/kernel/mm/transparent_hugepage/enabled")
     if not modes.exists() or "[never]" in modes.read_text():
-        pytest.skip("Linux gives no huge pages here")
-    empty_rows(1, 2048)  # which is gone, and its memory with it
+        pytest.skip("huge pages are disabled here")
+    empty_rows(1, 2048)  # freed, and its memory with it
     rows = empty_rows(4096, 2048).fill_(1)
     num_bytes = rows.shape[0] * rows.stride(0) * 4
     assert num_bytes <= bytes_in_huge_pages(rows) < num_bytes + HUGE_PAGE
@@ -73,7 +73,7 @@ def test_weights_lie_on_huge_pages():
 
 
 def bytes_in_huge_pages(tensor) -> int:
-    """Of the mappings that ``tensor`` lies in."""
+    """Of the mappings that contain ``tensor``."""
     total, is_its = 0, False
     for line in Path("/proc/self/smaps").read_text().splitlines():
         if match := re.match("([0-9a-f]+)-([0-9a-f]+) ", line):

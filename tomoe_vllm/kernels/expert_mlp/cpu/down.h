@@ -1,8 +1,8 @@
 // Phase 2 of the expert MLP: out = sum over the neurons of h * W_down's rows, vectorized over the columns.
 //
 // Threads take panels of columns dynamically. Where the weights are stored in panels (weight_layout.empty_panels), the
-// rows of a panel are contiguous, so an expert's are read as one stream. A sum adds the neurons in their order, whatever
-// the number of tokens and threads.
+// rows of a panel are contiguous, so an expert's are read as one stream. A sum adds the neurons in their order,
+// whatever the number of tokens and threads.
 #pragma once
 #include <atomic>
 
@@ -93,7 +93,8 @@ DownTile down_tile_of(int tokens, int vecs) {
 }
 
 inline DownTile down_tile_of(int tokens, int vecs, bool has_prefetch, bool is_transposed) {
-  if (is_transposed) return has_prefetch ? down_tile_of<true, true>(tokens, vecs) : down_tile_of<false, true>(tokens, vecs);
+  if (is_transposed)
+    return has_prefetch ? down_tile_of<true, true>(tokens, vecs) : down_tile_of<false, true>(tokens, vecs);
   return has_prefetch ? down_tile_of<true, false>(tokens, vecs) : down_tile_of<false, false>(tokens, vecs);
 }
 
@@ -146,8 +147,8 @@ inline void down_group(const ExpertMlpArgs& p, const TokenSchedule& schedule, co
   }
 }
 
-// Panels outside (taken by threads dynamically), KC blocks of neurons, then groups: a block of a panel stays in L2 while
-// all tokens use it. Each expert prefetches its rows of the next block.
+// Panels outside (taken by threads dynamically), KC blocks of neurons, then groups: a block of a panel stays in L2
+// while all tokens use it. Each expert prefetches its rows of the next block.
 inline void down_panels(const ExpertMlpArgs& p, const TokenSchedule& schedule, const float* h,
                         std::atomic<int64_t>& next_panel) {
   const int64_t num_panels = ceil_div(p.depth, p.panel_columns);

@@ -1,10 +1,11 @@
 // tomoe::prepared_expert_mlp on CPUs: the MLP of ToMoE on one copy of the weights.
 //
-// Scope: float32 weights and activations, float32 sums; AVX-512, AVX2 or the compiler's portable vectors. An expert is a
-// list of neurons, and rows of the weights are read in place, without a copy.
-// Accuracy: relative RMS error below 1e-5 of the masked form in float64 (tests/tomoe_vllm/kernels/expert_mlp). A token's
-// result does not depend, bit for bit, on the other tokens of its batch or on the number of threads, as long as its
-// expert has fewer than kTransposedTokens tokens there: transposed sums over the columns have another order.
+// Scope: float32 weights and activations, float32 sums; AVX-512, AVX2 or the compiler's portable vectors. An expert is
+// a list of neurons, and rows of the weights are read in place, without a copy.
+//
+// Accuracy: relative RMS error below 1e-5 of the masked form in float64 (tests/tomoe_vllm/kernels/expert_mlp). A
+// token's result does not depend, bit for bit, on the other tokens of its batch or on the number of threads, as long as
+// its expert has fewer than kTransposedTokens tokens there: transposed sums have another order.
 //
 // The loops and the regimes by number of tokens: kernels/README.md; the constants: simd/tuning.h.
 #include <cstdlib>
@@ -94,7 +95,8 @@ Tensor prepared_expert_mlp(Tensor hidden_states, Tensor expert_ids, Tensor handl
   STD_TORCH_CHECK(expert_ids.scalar_type() == ScalarType::Long && expert_ids.is_contiguous(),
                   "expert_ids must be contiguous and int64");
   const int64_t tokens = hidden_states.size(0);
-  STD_TORCH_CHECK(expert_ids.numel() == tokens, "there are ", expert_ids.numel(), " expert_ids for ", tokens, " tokens");
+  STD_TORCH_CHECK(expert_ids.numel() == tokens, "there are ", expert_ids.numel(), " expert_ids for ", tokens,
+                  " tokens");
   const auto* ids = data_of<const int64_t>(expert_ids);
   for (int64_t t = 0; t < tokens; ++t)
     STD_TORCH_CHECK(ids[t] >= 0 && ids[t] < weights.experts, "expert_ids[", t, "] is ", ids[t], "; there are ",
@@ -103,8 +105,9 @@ Tensor prepared_expert_mlp(Tensor hidden_states, Tensor expert_ids, Tensor handl
   const ExpertMlpArgs args{weights, data_of<const float>(x), data_of<float>(out)};
   const int threads = static_cast<int>(torch::stable::get_num_threads());
   if (tokens == 1) run_token(args, ids[0], threads);
-  else for (int64_t first = 0; first < tokens; first += kPassTokens)
-    run_pass(args, ids, first, std::min(kPassTokens, tokens - first), threads);
+  else
+    for (int64_t first = 0; first < tokens; first += kPassTokens)
+      run_pass(args, ids, first, std::min(kPassTokens, tokens - first), threads);
   return out;
 }
 

@@ -1,9 +1,9 @@
 // The weights of a layer as the kernels read them, checked once, and the registry that owns them.
 //
-// tomoe::prepare_experts returns a handle: an int64 tensor [1] that holds a random key, never a pointer. Bytes that this
-// process did not make, or whose entry was released, name nothing and raise RuntimeError. Keys are 64 random bits, so
-// those of another process, of a fork or of a released entry do not come back. An entry owns the memory that it points
-// to: Python may free its tensors first.
+// tomoe::prepare_experts returns a handle: an int64 tensor [1] that holds a random key, never a pointer. Bytes that
+// this process did not make, or whose entry was released, name nothing and raise RuntimeError. Keys are 64 random bits,
+// so those of another process, of a fork or of a released entry do not come back. An entry owns the memory that it
+// points to: Python may free its tensors first.
 #pragma once
 #include <memory>
 #include <mutex>
@@ -22,10 +22,10 @@ namespace tomoe {
 
 // D hidden_size, F neurons, N experts, W width of the widest expert; strides in floats.
 struct Weights {
-  const float* up;        // [2F, D], gate first, or [F, D]; rows are up_stride apart
-  const float* up_bias;   // [2F] or [F], or null
-  const float* down;      // [D / panel_columns, F, panel_columns]; panels are panel_stride apart, rows down_stride
-  const int32_t* ids;     // [N, W], each row sorted
+  const float* up;  // [2F, D], gate first, or [F, D]; rows are up_stride apart
+  const float* up_bias;  // [2F] or [F], or null
+  const float* down;  // [D / panel_columns, F, panel_columns]; panels are panel_stride apart, rows down_stride
+  const int32_t* ids;  // [N, W], each row sorted
   const int32_t* widths;  // [N]
   int64_t depth, neurons, experts, max_width, up_stride, down_stride, panel_columns, panel_stride;
   int rows_per_neuron;  // 2 with a gate, else 1

@@ -80,8 +80,8 @@ inline void find_touched(const Weights& w, TokenSchedule& schedule) {
   schedule.touched = {schedule.touched_ids.data(), size};
 }
 
-// Stable counting sort of tokens [first, first + count) by expert. Experts with kTransposedTokens or more give groups of
-// kTransposedBlockTokens transposed tokens; what is left of a multiple of kTransposedMultiple is one more group.
+// Stable counting sort of tokens [first, first + count) by expert. Experts with kTransposedTokens or more give groups
+// of kTransposedBlockTokens transposed tokens; what is left of a multiple of kTransposedMultiple is one more group.
 inline TokenSchedule schedule_tokens(const Weights& w, const int64_t* expert_ids, int64_t first, int64_t count) {
   TokenSchedule schedule;
   std::vector<int64_t> starts(w.experts + 1);

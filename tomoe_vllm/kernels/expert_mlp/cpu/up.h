@@ -120,8 +120,8 @@ inline void up_tokens(const ExpertMlpArgs& p, const TokenSchedule& schedule, con
       const int num_tokens = tile < num_large ? large : large - 1;
       const float* prefetch[kMaxPrefetchRows];
       const int num_prefetch = cursor.take(p, slice, prefetch);
-      dot_tile_of(num_tokens, num_rows)({w, tokens, slices.begin(slice), slices.end(slice), prefetch, num_prefetch, out,
-                                         token_stride, slice == 0});
+      dot_tile_of(num_tokens, num_rows)(
+          {w, tokens, slices.begin(slice), slices.end(slice), prefetch, num_prefetch, out, token_stride, slice == 0});
       tokens += num_tokens;
       for (int r = 0; r < num_rows; ++r) out[r] += num_tokens * token_stride;
     }
@@ -269,8 +269,8 @@ inline void up_transposed(const ExpertMlpArgs& p, const TokenGroup& group, const
 }
 
 // --------------------------------------------------------------------------------------------------- expert-major
-// Parts of the neurons outside (taken by threads dynamically), experts inside, and of each expert its blocks of neurons:
-// a block's weights stay in L2 while all tokens of the expert use them.
+// Parts of the neurons outside (taken by threads dynamically), experts inside, and of each expert its blocks of
+// neurons: a block's weights stay in L2 while all tokens of the expert use them.
 inline void up_expert_major(const ExpertMlpArgs& p, const TokenSchedule& schedule, const float* packed, float* h,
                             float* local, int64_t block, std::atomic<int64_t>& next_part) {
   const int64_t parts = std::max(kMinParts, kPartsPerThread * omp_get_num_threads());
