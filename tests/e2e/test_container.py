@@ -35,8 +35,8 @@ pytestmark = [
 ]
 
 
-def python_for_everybody() -> str:
-    """A Python with venv that the other user may run, or a skip."""
+def system_python() -> str:
+    """A Python with venv that the other user may run; skips the test where there is none."""
     for name in ("python3.13", "python3.12", "python3.11", "python3"):
         for folder in ("/usr/local/bin", "/usr/bin"):
             python = f"{folder}/{name}"
@@ -52,7 +52,7 @@ def container():
     folder = Path(tempfile.mkdtemp(prefix="tomoe-container-"))  # pytest's own folders are closed to other users
     try:
         folder.chmod(0o755)
-        python = python_for_everybody()
+        python = system_python()
         bin_folder = install_wheel(build_wheel(folder / "dist"), folder / "image", extras="cpu,serve", python=python)
         save_tiny_model(folder / "model", "llama")
         (folder / "cache").mkdir()

@@ -62,8 +62,9 @@ def test_wheel_holds_three_typed_packages_and_nothing_else(wheel):
 
 
 def test_wheel_holds_every_file_of_the_packages(wheel):
-    tracked = run("git", "ls-files", "tomoe_vllm", "training/tomoe_training", "serving/tomoe_serving", cwd=REPOSITORY)
-    expected = {name.removeprefix("training/").removeprefix("serving/") for name in tracked.split()}
+    folders = [REPOSITORY, REPOSITORY / "training", REPOSITORY / "serving"]
+    files = ((file, root) for root, name in zip(folders, PACKAGES, strict=True) for file in (root / name).rglob("*.*"))
+    expected = {str(file.relative_to(root)) for file, root in files if "__pycache__" not in file.parts}
     assert expected <= set(zipfile.ZipFile(wheel).namelist())
 
 
