@@ -116,6 +116,6 @@ def _message(model: type[Settings], details: Any) -> str:
     if details["type"] == "missing":
         return f"{name} is missing: {field.description}"
     got = repr(details["input"]) if field.repr else "not shown"
-    text = re.sub("^[A-Z][a-z]+ should ", "", text)
+    text = re.sub("^[A-Z][a-z]+ should |, unable to .*", "", text)
     text = text.replace("greater than or equal to", "at least").replace("less than or equal to", "at most")
     return f"{name} is {got}; it must {text}"

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import ConfigDict, Field
 
-from tomoe_vllm.settings import Settings, read_assignments, read_file, resolve
+from tomoe_vllm.settings import Model, Settings, read_assignments, read_file, resolve
 
 
 class MethodSettings(Settings):
@@ -145,5 +145,14 @@ def load_run_config(file: Path | None, flags: Mapping[str, Any], assignments: It
 
     Raises ``ValueError`` for unknown names (with the nearest known one), wrong types and impossible values.
     """
+    return _load(RunConfig, file, flags, assignments)
+
+
+def load_finetune_config(file: Path | None, flags: Mapping[str, Any], assignments: Iterable[str]) -> FinetuneConfig:
+    """As :func:`load_run_config`, for a fine-tuning run."""
+    return _load(FinetuneConfig, file, flags, assignments)
+
+
+def _load(model: type[Model], file: Path | None, flags: Mapping[str, Any], assignments: Iterable[str]) -> Model:
     given = {name: value for name, value in flags.items() if value is not None}
-    return resolve(RunConfig, read_file(RunConfig, file), given, read_assignments(assignments))
+    return resolve(model, read_file(model, file), given, read_assignments(assignments))
