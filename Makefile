@@ -12,7 +12,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 # Only where the plain install cannot find PyTorch's CPU build: the address of PyTorch's CPU wheel index.
 TORCH_INDEX ?=
 
-.PHONY: help install demo test test-fast test-slow check format lock clean
+.PHONY: help install demo test test-fast test-slow compat check format lock clean
 
 help:            ## this list
 	@grep -hE '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -43,6 +43,9 @@ test-fast: install ## tests without vLLM engines and other processes (under 90 s
 
 test-slow: install ## the slow tests: torch.compile, the real model, servers, the wheel
 	$(BIN)/python -m pytest -n $(TEST_PROCESSES) -m slow --durations=15
+
+compat: install  ## resolve what is used of vLLM in the source of each supported release (downloads them once)
+	$(BIN)/python -m tomoe_vllm.compat.check
 
 check: install   ## ruff, format and mypy; edits nothing
 	$(BIN)/ruff check .

@@ -29,6 +29,7 @@ ALLOWED: dict[str, set[str]] = {
     "tomoe_vllm.diagnostics.bench.worker": {"tomoe_vllm.layers.norm", "vllm"},
     "tomoe_vllm.plugin": {"tomoe_vllm.models", "tomoe_vllm.hf", "vllm"},
     "tomoe_vllm.compat": {"vllm"},
+    "tomoe_vllm.compat.releases": {"tomoe_vllm.kernels.cache"},
     "tomoe_vllm.settings": set(),
     "tomoe_vllm.cli": {"tomoe_vllm", "tomoe_training", "tomoe_serving"},
     "tomoe_training": {

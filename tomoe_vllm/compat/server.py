@@ -3,6 +3,9 @@
 The server's modules moved in vLLM 0.33. A branch for an old release goes when that release is no longer supported.
 """
 
+import dataclasses
+
+from vllm.config.logging import LoggingConfig
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.entrypoints.launchers.api_server.app_state import init_app_state
 from vllm.entrypoints.launchers.app import build_app
@@ -36,6 +39,13 @@ __all__ = [
     "cli_env_setup",
     "configure_logging_from_args",
     "init_app_state",
+    "log_format_flags",
     "make_arg_parser",
     "validate_parsed_serve_args",
 ]
+
+
+def log_format_flags(log_format: str) -> list[str]:
+    """Command-line flags that make vLLM write ``json`` or ``text`` log lines; vLLM 0.31 always writes text."""
+    has_formatter = any(field.name == "formatter" for field in dataclasses.fields(LoggingConfig))
+    return ["--logging-config.formatter", log_format] if has_formatter else []

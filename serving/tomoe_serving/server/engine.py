@@ -41,6 +41,7 @@ from tomoe_vllm.compat.server import (
     cli_env_setup,
     configure_logging_from_args,
     init_app_state,
+    log_format_flags,
     make_arg_parser,
     validate_parsed_serve_args,
 )
@@ -125,7 +126,7 @@ def parse_engine_args(settings: ServerSettings, defaults: dict[str, object], lim
     name = settings.checkpoint.resolve().name
     flags = ["--model", str(settings.checkpoint), "--served-model-name", name, str(settings.checkpoint)]
     flags += ["--shutdown-timeout", str(round(settings.drain_timeout))]
-    flags += ["--logging-config.formatter", settings.log_format]
+    flags += log_format_flags(settings.log_format)
     if current_platform.is_cpu():
         os.environ.setdefault("VLLM_CPU_NUM_OF_RESERVED_CPU", "0")
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")
