@@ -116,6 +116,10 @@ CONTRACT: dict[str, tuple[str, ...]] = {
         "vllm.v1.worker.gpu_model_runner:GPUModelRunner.get_model",
         "vllm.v1.worker.gpu.model_runner:GPUModelRunner.get_model",
     ),
+    "tomoe_vllm.hf": (
+        # calls is_backend_compatible() of a checkpoint's model class where no plugin registered its architecture
+        "vllm.model_executor.models.registry:_ModelRegistry._try_resolve_transformers",
+    ),
     "tomoe_vllm.layers.attention": (
         "vllm.model_executor.layers.attention:Attention"
         "(num_heads, head_size, scale, num_kv_heads, cache_config, quant_config, prefix, attn_backend, head_size_v)",

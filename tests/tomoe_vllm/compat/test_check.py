@@ -98,6 +98,7 @@ def test_everything_resolves_in_the_source_of_each_supported_release(minor):
             assert result.missing == []
 
 
+@pytest.mark.process
 def test_server_and_model_import_on_the_source_of_the_newest_supported_release():
     minor = releases.SUPPORTED[-1]
     cached = [folder for folder in releases.source_root().glob(f"{minor}.*") if releases.cached_source(folder.name)]
