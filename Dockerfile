@@ -10,7 +10,7 @@ COPY serving /src/serving
 RUN python3 -m pip wheel --no-cache-dir --no-deps --wheel-dir /wheels /src
 
 FROM vllm/vllm-openai:v${VLLM_VERSION}
-# What the image has of these stays as it is: pip may add the small libraries that are missing, and nothing else.
+# The constraints keep the image's versions of these packages; pip may only add small libraries that are missing.
 RUN --mount=type=bind,from=build,source=/wheels,target=/wheels \
     python3 -m pip freeze | grep -E '^(torch|triton|vllm|transformers|numpy)==' > /tmp/constraints.txt \
     && python3 -m pip install --no-cache-dir --constraint /tmp/constraints.txt "$(ls /wheels/*.whl)[serve]" \
@@ -19,7 +19,7 @@ RUN --mount=type=bind,from=build,source=/wheels,target=/wheels \
     && useradd --uid 10001 --gid tomoe --no-create-home --home-dir /cache tomoe \
     && install -d -o tomoe -g tomoe /cache
 
-# Everything that is written at run time goes to /cache (a volume) or /tmp (a tmpfs): the root file system is read-only.
+# The root file system is read-only. At run time the server writes only to /cache (a volume) and /tmp (a tmpfs).
 ENV HOME=/cache \
     XDG_CACHE_HOME=/cache \
     HF_HOME=/cache/huggingface \

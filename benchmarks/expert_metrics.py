@@ -1,14 +1,14 @@
-"""What expert statistics cost: steps with and without them, in turn, in one engine and one process.
+"""Cost of the expert statistics: steps with and without them alternate in one engine and one process.
 
     python benchmarks/expert_metrics.py CHECKPOINT [--streams 1 8] [--steps 600]
 
-Requests decode side by side and every step is timed. Statistics are switched at every step, so that what the machine
-does beside this falls on both alike, and which of a pair comes first changes from pair to pair. "on" is everything: the
-experts left in the record of every layer, reading them after the step, counting, a trace of every request.
+Requests decode in one batch and every step is timed. Statistics are switched on and off from step to step, so that
+noise of the machine affects both alike; the order within a pair alternates. "on" includes recording the experts of
+every layer, reading them after the step, counting, and a trace of every request.
 
     paired_ratio   median over the pairs of (time with / time without), with the interval of its bootstrap
-    read_us        time that the step itself spent in reading and counting: what it adds, with cold caches
-    route_us       what recording adds to routing, all layers, measured alone
+    read_us        time of reading and counting within the step, with cold caches
+    route_us       time that recording adds to routing in all layers, measured separately
 
 JSON last.
 """
@@ -28,13 +28,13 @@ LIMIT = 0.01
 def settings() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Cost of the expert statistics in a step")
     parser.add_argument("checkpoint", type=Path)
-    parser.add_argument("--streams", type=int, nargs="+", default=[1, 8], help="requests that decode side by side")
+    parser.add_argument("--streams", type=int, nargs="+", default=[1, 8], help="requests that decode in one batch")
     parser.add_argument("--steps", type=int, default=600, help="timed steps for each number of streams")
     return parser.parse_args()
 
 
 def start(folder: Path):
-    """The engine, in this process, with statistics running; its LLM and its worker."""
+    """Start the engine in this process with statistics; returns its LLM and its worker."""
     os.environ |= {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_CPU_KVCACHE_SPACE": "1",
     }  # fmt: skip
@@ -52,7 +52,7 @@ def start(folder: Path):
 
 
 class Switch:
-    """Turns the statistics of a worker off and on, as if they had never been asked for."""
+    """Switches the statistics of a worker on and off."""
 
     def __init__(self, worker):
         self.steps = worker._tomoe_observer.steps
@@ -76,7 +76,7 @@ class Switch:
 
 
 def time_steps(llm, switch: Switch, streams: int, steps: int) -> tuple[list[float], list[float]]:
-    """Milliseconds of decoding steps with statistics and without, by pairs."""
+    """Milliseconds of decode steps with and without statistics, in pairs."""
     from vllm import SamplingParams
 
     engine, with_ms, without_ms = llm.llm_engine, [], []
@@ -101,7 +101,7 @@ def time_steps(llm, switch: Switch, streams: int, steps: int) -> tuple[list[floa
 
 
 def time_routing(switch: Switch, streams: int, repetitions: int = 300) -> float:
-    """Microseconds that recording adds to the routing of one step, by medians of alternating calls."""
+    """Microseconds that recording adds to the routing of one step: difference of the medians of alternating calls."""
     import torch
 
     hidden = torch.randn(streams, switch.gates[0].router.weight.shape[1])
@@ -116,14 +116,14 @@ def time_routing(switch: Switch, streams: int, repetitions: int = 300) -> float:
 
 
 def interval(ratios: list[float], repetitions: int = 1000) -> list[float]:
-    """90 % interval of the median, by the bootstrap."""
+    """90 % bootstrap interval of the median."""
     generator = random.Random(0)
     medians = sorted(statistics.median(generator.choices(ratios, k=len(ratios))) for _ in range(repetitions))
     return [round(medians[repetitions // 20], 4), round(medians[-repetitions // 20], 4)]
 
 
 def time_of_reading(times_us: list[float], block: int = 32) -> float:
-    """Microseconds a step: steps are counted 32 together, so the median is taken over the means of so many."""
+    """Microseconds per step. Steps are counted 32 together, so this is the median of means over 32 steps."""
     means = [statistics.mean(times_us[i : i + block]) for i in range(0, len(times_us) - block + 1, block)]
     return statistics.median(means)
 
@@ -147,8 +147,8 @@ def measure(llm, switch: Switch, streams: int, steps: int) -> dict[str, object]:
     }
     print(
         f"{streams:>3} streams: step {step:.2f} ms, with statistics x {result['paired_ratio']:.4f} "
-        f"{result['paired_ratio_90']}; reading {read:.0f} us and recording {routing:.0f} us are "
-        f"{100 * result['added_share']:.2f} % of it",
+        f"{result['paired_ratio_90']}; reading takes {read:.0f} us and recording {routing:.0f} us, "
+        f"{100 * result['added_share']:.2f} % of the step",
         file=sys.stderr,
     )
     return result

@@ -1,4 +1,4 @@
-"""What the serving benchmarks share: a server process, and streams that are timed token by token."""
+"""Shared by the serving benchmarks: a server process, and streams that are timed token by token."""
 
 import asyncio
 import contextlib
@@ -22,7 +22,7 @@ WORDS = ("the", "of", "river", "small", "light", "in", "house", "and", "green", 
 
 @dataclass
 class Answer:
-    """One streamed completion: when its tokens came (seconds), its text, and its status."""
+    """One streamed completion: arrival times of its tokens in seconds, text and status."""
 
     status: int = 0
     start: float = 0.0
@@ -44,7 +44,7 @@ class Answer:
 
 @contextlib.contextmanager
 def serve(command: list[str], log: Path, **variables: str) -> Iterator[str]:
-    """A server until the block ends; yields its address. ``command`` gets ``--port`` before any ``--``."""
+    """Run a server until the block ends; yields its address. ``--port`` is added before any ``--`` of ``command``."""
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         port = sock.getsockname()[1]
@@ -89,20 +89,20 @@ async def stream(client: httpx.AsyncClient, model: str, prompt: str, tokens: int
 
 
 async def streams(address: str, model: str, prompts: list[str], tokens: int) -> list[Answer]:
-    """One stream for each prompt, all at once."""
+    """One stream for each prompt, all concurrent."""
     limits = httpx.Limits(max_connections=None)
     async with httpx.AsyncClient(base_url=address, timeout=600, limits=limits) as client:
         return await asyncio.gather(*(stream(client, model, prompt, tokens) for prompt in prompts))
 
 
 def make_prompts(count: int, words: int = 24, seed: int = 0) -> list[str]:
-    """Different prompts of about ``words`` tokens."""
+    """Distinct prompts of about ``words`` tokens."""
     randomness = random.Random(seed)
     return [" ".join(randomness.choice(WORDS) for _ in range(words)) + f" {index}" for index in range(count)]
 
 
 def quantile(values: list[float], share: float) -> float:
-    """The value that ``share`` of all are not above."""
+    """The smallest value that at least ``share`` of all do not exceed."""
     return sorted(values)[min(len(values) - 1, int(share * len(values)))]
 
 

@@ -1,10 +1,10 @@
-"""200 concurrent streams on a small KV cache for three minutes: is every answer right, and does memory stay flat?
+"""200 concurrent streams on a small KV cache for three minutes: checks every answer and the growth of memory.
 
     python benchmarks/serving_load.py CHECKPOINT [--streams 200] [--seconds 180]
 
-Every text is compared with what the same prompt gets alone at temperature 0. The cache holds a few sequences only,
-so vLLM preempts and recomputes all the time; the queue is smaller than the crowd, so some get 429 and come back.
-The last line is JSON; exit code 1 if an answer was lost or mixed up, or a 429 was malformed.
+Every text is compared with that of a single request at temperature 0. The cache holds only a few sequences, so vLLM
+preempts and recomputes continuously. The queue is smaller than the number of clients, so some get 429 and retry. The
+last line is JSON. Exit code 1 if an answer was lost or wrong, or a 429 was malformed.
 """
 
 import argparse
@@ -25,14 +25,14 @@ PROMPTS = 64
 
 
 def resident_bytes(port: int) -> int:
-    """Memory of the server that listens on ``port``, with its engine."""
+    """Memory of the server that listens on ``port``, and of its engine."""
     listening = [c.pid for c in psutil.net_connections() if c.status == "LISTEN" and c.laddr.port == port and c.pid]
     family = [psutil.Process(listening[0]), *psutil.Process(listening[0]).children(recursive=True)]
     return sum(process.memory_info().rss for process in family)
 
 
-async def crowd(address: str, model: str, expected: dict[str, str], count: int, seconds: float) -> dict:
-    """Counts of what ``count`` clients got in ``seconds``."""
+async def push(address: str, model: str, expected: dict[str, str], count: int, seconds: float) -> dict:
+    """Counts of the responses to ``count`` clients in ``seconds``."""
     seen = {"right": 0, "wrong": 0, "lost": 0, "refused": 0, "malformed": 0, "largest_queue": 0}
     memory: list[int] = []
     prompts = list(expected)
@@ -87,7 +87,7 @@ def main() -> None:
 
         expected = asyncio.run(alone())
         print(f"{len(set(expected.values()))} different texts of {PROMPTS} prompts", file=sys.stderr)
-        result = asyncio.run(crowd(address, model, expected, arguments.streams, arguments.seconds))
+        result = asyncio.run(push(address, model, expected, arguments.streams, arguments.seconds))
     print(json.dumps(result | {"streams": arguments.streams, "seconds": arguments.seconds}))
     sys.exit(1 if result["wrong"] or result["lost"] or result["malformed"] else 0)
 

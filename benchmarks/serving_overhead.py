@@ -1,9 +1,9 @@
-"""What ``tomoe serve`` costs beside bare ``vllm serve``: throughput at 16 streams, and time to first token.
+"""Overhead of ``tomoe serve`` over bare ``vllm serve``: throughput at 16 streams, and time to the first token.
 
     python benchmarks/serving_overhead.py CHECKPOINT [--rounds 5] [--streams 16] [--tokens 64]
 
-Both servers run at once, on the same model with the same flags, and take turns; the one that waits is idle. The
-first round warms up. The last line is JSON. Goals: throughput at least 0.97 x, first token within 5 ms.
+Both servers run on the same model with the same flags and are measured alternately, while the other one is idle. The
+first round is a warm-up. The last line is JSON. Goals: throughput at least 0.97 x, first token within 5 ms.
 """
 
 import argparse

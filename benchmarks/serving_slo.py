@@ -1,10 +1,10 @@
-"""Does ``--tpot-slo-ms`` hold? Set to what 8 streams need, while 64 clients push.
+"""Time per output token with ``--tpot-slo-ms`` under overload: the SLO of 8 streams, 64 clients.
 
     python benchmarks/serving_slo.py CHECKPOINT [--seconds 60] [--profile FILE]
 
-First a server without an SLO tells what 8 streams need: the 95th percentile of their time per output token, over
-three rounds. Then one with it is pushed by 64 clients that come again as soon as they are answered, and at once
-after a 429's Retry-After. The last line is JSON. Goal: the 95th percentile within 1.15 x of the SLO.
+The SLO is the 95th percentile of the time per output token of 8 streams on a server without an SLO, over three rounds.
+A server with this SLO then gets requests from 64 clients, which send the next one as soon as one is answered, and after
+a 429 when Retry-After has passed. The last line is JSON. Goal: the 95th percentile within 1.15 x the SLO.
 """
 
 import argparse
@@ -23,7 +23,7 @@ TOKENS = 48
 
 
 async def push(address: str, model: str, clients: int, seconds: float) -> list[Answer]:
-    """All answers, refusals too, of clients that never stop asking."""
+    """All responses, refusals included, to clients that send requests without a pause."""
     answers: list[Answer] = []
     deadline = time.monotonic() + seconds
 
@@ -59,7 +59,7 @@ def main() -> None:
                 asyncio.run(streams(address, model, make_prompts(arguments.streams, seed=r), TOKENS)) for r in range(4)
             ]
         slo = quantile([answer.tpot_ms for answers in rounds[1:] for answer in answers], 0.95)
-        print(f"{arguments.streams} streams need {slo:.1f} ms per token", file=sys.stderr)
+        print(f"{arguments.streams} streams take {slo:.1f} ms per token", file=sys.stderr)
         flags = ["--tpot-slo-ms", f"{slo:.2f}", "--queue-size", str(arguments.queue_size), "--profile", str(profile)]
         with serve([*base, *flags, "--", *ENGINE], log) as address:
             budget = httpx.get(f"{address}/v1/tomoe/budget", timeout=60).json()

@@ -1,4 +1,4 @@
-"""Chat with a served ToMoE model through the OpenAI SDK: plain, streamed, several in parallel.
+"""Chat with a served ToMoE model through the OpenAI SDK: one request, a stream, several requests in parallel.
 
 vllm serve ./smollm2-tomoe --trust-remote-code
 python examples/chat.py --base-url http://127.0.0.1:8000/v1
@@ -15,7 +15,7 @@ QUESTIONS = ["What is the capital of France?", "Name three primary colours.", "W
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--base-url", default="http://127.0.0.1:8000/v1")
-    parser.add_argument("--api-key", default="none", help="as given to the server's --api-key")
+    parser.add_argument("--api-key", default="none", help="API key of the server")
     parser.add_argument("--max-tokens", type=int, default=48)
     arguments = parser.parse_args()
     connection = {"base_url": arguments.base_url, "api_key": arguments.api_key}

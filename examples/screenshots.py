@@ -1,6 +1,6 @@
-"""Pictures of the playground, light and dark, from a running server: python examples/screenshots.py URL --out docs
+"""Screenshots of the playground of a running server: python examples/screenshots.py URL --out docs
 
-Needs Debian's chromium and `pip install playwright`. Each picture stays under 200 KB.
+Takes one in light and one in dark mode, each under 200 KB. Needs Debian's chromium and `pip install playwright`.
 """
 
 import argparse
@@ -18,7 +18,7 @@ FLAGS = [
 
 
 def settings() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Pictures of the playground")
+    parser = argparse.ArgumentParser(description="Screenshots of the playground")
     parser.add_argument("url", help="address of the running server")
     parser.add_argument("--out", type=Path, default=Path("docs"), help="folder for playground-{light,dark}.png")
     parser.add_argument("--prompt", default=PROMPT)
@@ -27,7 +27,7 @@ def settings() -> argparse.Namespace:
 
 
 def take(browser, scheme: str, options: argparse.Namespace) -> Path:
-    """Chat, choose a token, and save the page."""
+    """Chat, select a token, and save a screenshot."""
     page = browser.new_page(color_scheme=scheme, viewport={"width": 1280, "height": 940})
     page.goto(options.url)
     if options.key:
@@ -38,7 +38,7 @@ def take(browser, scheme: str, options: argparse.Namespace) -> Path:
     page.fill("#prompt", options.prompt)
     page.press("#prompt", "Enter")
     page.wait_for_selector("details:not([hidden])", timeout=300_000)
-    page.wait_for_timeout(5_000)  # the rest of the trace, and the gauges' next turn
+    page.wait_for_timeout(5_000)  # the rest of the trace, and a refresh of the gauges
     page.locator(".answer [data-index]").nth(8).hover()
     file = options.out / f"playground-{scheme}.png"
     page.screenshot(path=file)
