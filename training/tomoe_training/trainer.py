@@ -1,24 +1,19 @@
-"""The training loop: a frozen base, a student of gates, self-distillation.
+"""The training loop: self-distillation of a student, which is a frozen base model with trained gates.
 
-Everything a step does follows from (config, step): the batch, the noise, the learning rate. A checkpoint is
-therefore small (modules, optimiser, step), and a run killed at any point and started again with the same
-command ends with the same weights.
-
-An output folder holds ``run/`` (resolved config, provenance, metrics, checkpoint) from the start, and the
-adapter's two files once training is over.
+A step is a function of (config, step): its batch, noise and learning rate. A checkpoint is therefore small
+(trained modules, optimizer, step). A run that is killed at any point and started again with the same command
+ends with the same weights.
 """
 
 import contextlib
 import dataclasses
 import json
 import math
-import os
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, DistributedType
 from torch import Tensor
@@ -26,12 +21,11 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from transformers import AutoModelForCausalLM, AutoTokenizer, get_scheduler
 
-from tomoe_training.artifacts.adapter import ADAPTER_CONFIG, Adapter, AdapterConfig
-from tomoe_training.artifacts.atomic import write_json
+from tomoe_training.artifacts.adapter import Adapter, AdapterConfig
+from tomoe_training.artifacts.atomic import write_text
 from tomoe_training.artifacts.export import check_base, load_base_config
 from tomoe_training.artifacts.provenance import provenance
 from tomoe_training.artifacts.safetensors_io import fingerprint, stored_tensors
-from tomoe_training.artifacts.training_state import load_state, save_state
 from tomoe_training.budget import Widths
 from tomoe_training.config import RunConfig
 from tomoe_training.data import InterleavedBlocks, load_documents, pack, sample_from_model
@@ -40,17 +34,12 @@ from tomoe_training.method.relaxation import NoiseSource
 from tomoe_training.method.student import Student
 from tomoe_training.process_setup import hide_progress_bars, release_memory
 from tomoe_training.progress import TrainProgress
+from tomoe_training.run_folder import RunFolder
 from tomoe_training.warm_start.initialization import warm_start
 from tomoe_vllm.hf.configuration_tomoe import base_model_type
 
-CHECKPOINT = "checkpoint.pt"
-METRICS = "metrics.jsonl"
-SELF_TEXT = "self.jsonl"
-RUN_CONFIG = "config.yaml"
 SELF_TEXT_LENGTH = 256
-"""Tokens of one text sampled from the dense model: decoding is serial, so short texts in a batch are quick."""
-# Settings a resumed run may change without becoming another run.
-MAY_CHANGE = {"log_every", "checkpoint_every", "tensorboard", "notes"}
+"""Tokens of one text sampled from the dense model. Decoding is serial: a batch of short texts is faster."""
 
 
 def train(config: RunConfig, out: Path) -> dict[str, Any]:
@@ -63,9 +52,9 @@ def train(config: RunConfig, out: Path) -> dict[str, Any]:
 
 
 def make_optimizer(config: RunConfig, student: Student) -> torch.optim.AdamW:
-    """AdamW over what is trained, the offsets in a group of their own."""
+    """AdamW over the trained parameters, with a separate group for the offsets."""
     trained = {n: p for n, p in student.named_parameters() if p.requires_grad}
-    # Decay would pull the warm start's logits to the threshold; everything else decays, as published.
+    # Weight decay would pull the warm start's logits to the threshold. All else decays, as in the paper.
     free = [p for n, p in trained.items() if n.endswith("offset")]
     decayed = [p for n, p in trained.items() if not n.endswith("offset")]
     rate = config.learning_rate if config.offset_learning_rate is None else config.offset_learning_rate
@@ -84,7 +73,7 @@ def make_scheduler(config: RunConfig, optimizer: torch.optim.Optimizer):
 
 
 def check_finite(terms: dict[str, float], step: int) -> None:
-    """Raise ``FloatingPointError`` with all terms of the loss if one is not finite."""
+    """Raise ``FloatingPointError`` with all terms of the loss if one of them is not finite."""
     if not all(map(math.isfinite, terms.values())):
         listed = ", ".join(f"{name} {value:.4g}" for name, value in terms.items())
         raise FloatingPointError(
@@ -95,13 +84,13 @@ def check_finite(terms: dict[str, float], step: int) -> None:
 
 class _Run:
     def __init__(self, config: RunConfig, out: Path):
-        self.config, self.out, self.run_folder = config, out, out / "run"
+        self.config, self.out, self.files = config, out, RunFolder(out)
         self.base_folder = Path(config.base)
         base_config = load_base_config(self.base_folder)
         if not config.data:
             raise ValueError("no training data: give --data FILE [FILE ...] (or `self`)")
         stored_tensors(self.base_folder)
-        # The gates' buffers change every step (running quantiles), and alike on all ranks.
+        # The gates' buffers (running quantiles) change every step, equally on all ranks.
         self.accelerator = Accelerator(
             kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
             gradient_accumulation_steps=1,
@@ -109,11 +98,11 @@ class _Run:
         self.is_main = self.accelerator.is_main_process
         if self.accelerator.distributed_type == DistributedType.FSDP:
             raise ValueError(
-                "FSDP by accelerate's settings would split the gates; launch plain processes and set shard_base to "
-                "true, which splits the frozen base (FSDP2)"
+                "FSDP in accelerate's settings would shard the gates; launch plain processes and set shard_base to "
+                "true, which shards the frozen base (FSDP2)"
             )
         self._divide_batch()
-        self._claim_folder()
+        self._open_run_folder()
         hide_progress_bars()
         torch.manual_seed(config.seed)
         self.dtype = training_dtype(config.dtype, self.accelerator.device)
@@ -129,7 +118,7 @@ class _Run:
             self._shard_base()
         self.base_hash = fingerprint(self.base_folder)
 
-    # --------------------------------------------------------------------------------------- set-up
+    # -------------------------------------------------------------------------------------------------------- set-up
     def _divide_batch(self) -> None:
         world, config = self.accelerator.num_processes, self.config
         if config.batch_size % world:
@@ -141,38 +130,16 @@ class _Run:
         first = self.accelerator.process_index * local
         self.micro_batches = [range(first + i, first + i + micro) for i in range(0, local, micro)]
 
-    def _claim_folder(self) -> None:
-        """Resume the run that lives in ``out``, or start one; another run's folder is refused.
-
-        A run that failed before its first step (a mistyped file name) left nothing worth keeping.
-        """
-        file = self.run_folder / RUN_CONFIG
-        mine = {k: v for k, v in self.config.model_dump().items() if k not in MAY_CHANGE}
-        has_started = any(f.is_file() for f in (self.run_folder / METRICS, self.out / ADAPTER_CONFIG))
-        if has_started and file.is_file():
-            theirs = {k: v for k, v in yaml.safe_load(file.read_text()).items() if k not in MAY_CHANGE}
-            differing = sorted(k for k in mine.keys() | theirs.keys() if mine.get(k) != theirs.get(k))
-            if differing:
-                k = differing[0]
-                raise ValueError(
-                    f"{self.out} belongs to another run ({k}: {theirs.get(k)!r} there, {mine.get(k)!r} here); "
-                    "choose another --out, or give the same settings to resume it"
-                )
-        elif not file.is_file() and self.out.exists() and any(self.out.iterdir()):
-            raise ValueError(f"{self.out} exists and is not a training run; choose another --out")
+    def _open_run_folder(self) -> None:
+        self.files.check(self.config)
         self.accelerator.wait_for_everyone()
         if self.is_main:
-            self.run_folder.mkdir(parents=True, exist_ok=True)
-            if not has_started:
-                (self.run_folder / SELF_TEXT).unlink(missing_ok=True)
-            file.write_text(yaml.safe_dump(self.config.model_dump(), sort_keys=False))
-            if not (self.run_folder / "provenance.json").exists():
-                write_json(self.run_folder / "provenance.json", provenance())
+            self.files.create(self.config)
         self.accelerator.wait_for_everyone()
 
     def _checkpoint_layers(self) -> None:
         self.base.gradient_checkpointing_enable({"use_reentrant": False})
-        self.base.train()  # transformers checkpoints layers in training mode only; no dropout all the same:
+        self.base.train()  # transformers checkpoints layers only in training mode; dropout stays off:
         for module in self.base.modules():
             if isinstance(module, torch.nn.Dropout):
                 module.p = 0.0
@@ -180,9 +147,9 @@ class _Run:
                 module.attention_dropout = 0.0
 
     def _shard_base(self) -> None:
-        """Split every decoder layer over the processes (FSDP2); each is whole only while it computes.
+        """Shard every decoder layer over the processes (FSDP2). A layer is gathered only while it computes.
 
-        Embeddings, final norm and lm_head stay whole: the distillation loss reads lm_head's weight itself.
+        Embeddings, final norm and lm_head are not sharded: the distillation loss reads the weight of lm_head.
         """
         mesh = init_device_mesh(self.accelerator.device.type, (self.accelerator.num_processes,))
         for layer in self.base.model.layers:
@@ -204,8 +171,8 @@ class _Run:
         return InterleavedBlocks(sources, config.seed)
 
     def _self_text(self):
-        """Text of the dense model itself, sampled once and kept, so that a resumed run sees the same."""
-        file = self.run_folder / SELF_TEXT
+        """Text sampled from the dense model. It is stored, so that a resumed run reads the same text."""
+        file = self.files.self_text
         if not file.is_file():
             texts = sample_from_model(
                 self.base,
@@ -214,13 +181,11 @@ class _Run:
                 length=min(self.config.sequence_length, SELF_TEXT_LENGTH),
                 seed=self.config.seed,
             )
-            temporary = file.with_suffix(f".tmp-{os.getpid()}")
-            temporary.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-            temporary.replace(file)
+            write_text(file, "".join(json.dumps({"text": text}) + "\n" for text in texts))
         return load_documents(str(file))
 
-    def _start(self) -> None:
-        """Routers and masks before the first step: from an adapter, from activations, or cold."""
+    def _initialize_student(self) -> None:
+        """Set routers and masks before the first step: from an adapter, by a warm start, or leave them random."""
         config, length = self.config, self.config.sequence_length
         if config.init_adapter:
             adapter = Adapter.load(Path(config.init_adapter))
@@ -248,17 +213,17 @@ class _Run:
     def _on_device(self, tensor: Tensor) -> Tensor:
         return tensor.to(self.accelerator.device)
 
-    # ----------------------------------------------------------------------------------------- loop
+    # ---------------------------------------------------------------------------------------------------------- loop
     def run(self) -> dict[str, Any]:
         config = self.config
-        if (self.out / ADAPTER_CONFIG).is_file():
-            summary = json.loads((self.out / ADAPTER_CONFIG).read_text())["training"]
+        summary = self.files.summary()
+        if summary is not None:
             return {"adapter": str(self.out), "resumed_from": config.steps, **summary}
         optimizer = make_optimizer(config, self.student)
         scheduler = make_scheduler(config, optimizer)
-        state = self._load_checkpoint()
+        state = self.files.load_checkpoint(self.base_hash, self.accelerator.device)
         if state is None:
-            self._start()
+            self._initialize_student()
         first_step, seconds = 0, 0.0
         if state is not None:
             self.student.load_state_dict(state["student"])
@@ -270,8 +235,10 @@ class _Run:
         model, optimizer = self.accelerator.prepare(self.student, optimizer)
         noise = NoiseSource.of(self.student, seed=config.seed)
         started = time.perf_counter() - seconds
-        self._trim_metrics(first_step)
-        with TrainProgress(config.steps, first_step, is_on=self.is_main) as progress, self._writer() as writer:
+        with (
+            TrainProgress(config.steps, first_step, is_on=self.is_main) as progress,
+            self._metrics(first_step) as write,
+        ):
             for step in range(first_step, config.steps):
                 if config.widths_every and step > first_step:
                     self._update_widths(step)
@@ -283,14 +250,14 @@ class _Run:
                 progress.update(done, terms, tokens_per_s)
                 if self.is_main and (done % config.log_every == 0 or done == config.steps):
                     rate = scheduler.get_last_lr()[0]
-                    writer(done, terms | {"tokens_per_s": tokens_per_s, "learning_rate": rate})
+                    write(done, terms | {"tokens_per_s": tokens_per_s, "learning_rate": rate})
                 if done % config.checkpoint_every == 0 and done < config.steps:
                     self._save_checkpoint(done, elapsed, optimizer, scheduler)
         elapsed = time.perf_counter() - started
         return self._finish(terms, elapsed, first_step)
 
     def _update_widths(self, step: int) -> None:
-        """Where the budget is exact: widths from the start, and again every ``widths_every`` steps if not 0."""
+        """With the exact budget: set the widths at the start, and every ``widths_every`` steps if that is not 0."""
         config = self.config
         if config.budget != "exact":
             return
@@ -320,14 +287,7 @@ class _Run:
         optimizer.zero_grad(set_to_none=True)
         return terms
 
-    # ---------------------------------------------------------------------------------------- files
-    def _load_checkpoint(self) -> dict | None:
-        file = self.run_folder / CHECKPOINT
-        state = load_state(file, self.accelerator.device)
-        if state is not None and state["base_hash"] != self.base_hash:
-            raise ValueError(f"{file} was written for another base model than {self.base_folder}")
-        return state
-
+    # --------------------------------------------------------------------------------------------------------- files
     def _save_checkpoint(self, step: int, seconds: float, optimizer, scheduler) -> None:
         self.accelerator.wait_for_everyone()
         if not self.is_main:
@@ -341,38 +301,17 @@ class _Run:
             "scheduler": scheduler.state_dict(),
             "widths": dataclasses.asdict(self.student.widths) if self.student.widths else None,
         }
-        save_state(state, self.run_folder / CHECKPOINT)
-
-    def _trim_metrics(self, first_step: int) -> None:
-        """Drop what a killed run logged after its last checkpoint."""
-        file = self.run_folder / METRICS
-        if self.is_main and file.is_file():
-            lines = [line for line in file.read_text().splitlines() if line.endswith("}")]
-            kept = [line for line in lines if json.loads(line)["step"] <= first_step]
-            file.write_text("".join(line + "\n" for line in kept))
+        self.files.save_checkpoint(state)
 
     @contextlib.contextmanager
-    def _writer(self):
-        """Writes a step's terms to metrics.jsonl, and to TensorBoard where it is wanted and installed."""
+    def _metrics(self, first_step: int):
+        """Function that logs a step's terms. Processes other than the main one log nothing."""
         if not self.is_main:
             yield lambda step, terms: None
             return
-        board: Any = None
-        if self.config.tensorboard:
-            with contextlib.suppress(ImportError):
-                from torch.utils.tensorboard import SummaryWriter
-
-                board = SummaryWriter(str(self.run_folder / "tensorboard"))
-        with (self.run_folder / METRICS).open("a", buffering=1) as stream:
-
-            def write(step: int, terms: dict[str, float]) -> None:
-                stream.write(json.dumps({"step": step, **{k: round(v, 6) for k, v in terms.items()}}) + "\n")
-                for name, value in terms.items() if board else ():
-                    board.add_scalar(name, value, step)
-
+        self.files.trim_metrics(first_step)
+        with self.files.metrics_writer(self.config.tensorboard) as write:
             yield write
-        if board:
-            board.close()
 
     def _finish(self, terms: dict[str, float], seconds: float, first_step: int) -> dict[str, Any]:
         config = self.config
@@ -401,6 +340,6 @@ class _Run:
             )
             adapter = Adapter(config=adapter_config, layers=self.student.layer_adapters())
             adapter.save(self.out, getattr(torch, config.adapter_dtype))
-            (self.run_folder / CHECKPOINT).unlink(missing_ok=True)
+            self.files.checkpoint.unlink(missing_ok=True)
         self.accelerator.wait_for_everyone()
         return {"adapter": str(self.out), "resumed_from": first_step, **result}

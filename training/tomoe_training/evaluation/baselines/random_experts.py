@@ -14,8 +14,6 @@ In favour of this baseline: Experts that are not selected also send the router a
 (they are computed anyway). Without it the router would not learn at k = 1.
 """
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -23,12 +21,12 @@ from transformers import AutoModelForCausalLM
 
 from tomoe_training.artifacts.training_state import load_state, save_state
 from tomoe_training.budget import Widths
-from tomoe_training.config import RunConfig
 from tomoe_training.dtypes import training_dtype
 from tomoe_training.evaluation.baselines.setup import BaselineSetup, MethodGates
 from tomoe_training.evaluation.baselines.widths import equal_experts, mlp_width
 from tomoe_training.method.losses import distillation_loss, load_balance_loss
-from tomoe_training.trainer import MAY_CHANGE, check_finite, make_scheduler
+from tomoe_training.run_folder import settings_of_result
+from tomoe_training.trainer import check_finite, make_scheduler
 from tomoe_vllm.hf.modeling_tomoe import ExpertGate
 
 NUM_PROGRESS_LINES = 20
@@ -116,7 +114,7 @@ def train_routers(setup: BaselineSetup, gates: MethodGates) -> None:
         gates.set_on(is_on)
         return base.model(input_ids=ids, use_cache=False).last_hidden_state.flatten(0, 1)
 
-    file, run = setup.work / "random_experts" / ROUTERS, _settings_that_matter(config)
+    file, run = setup.work / "random_experts" / ROUTERS, settings_of_result(config)
     state = load_state(file, base.device) or {"step": 0}
     if state["step"]:
         if state["run"] != run:
@@ -153,8 +151,3 @@ def train_routers(setup: BaselineSetup, gates: MethodGates) -> None:
             save_state(state | {"optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict()}, file)
         if done % max(1, config.steps // NUM_PROGRESS_LINES) == 0:
             setup.report(f"routers, step {done}/{config.steps}: task {terms['task']:.3f}, R_L {terms['r_l']:.3f}")
-
-
-def _settings_that_matter(config: RunConfig) -> dict[str, Any]:
-    settings = config.model_dump()
-    return {name: value for name, value in settings.items() if name not in MAY_CHANGE and name != "architecture"}
