@@ -5,7 +5,7 @@ import torch
 from tomoe_training.budget import (
     NUM_QUANTILES,
     LayerLogits,
-    LayerWorth,
+    UnitImportance,
     allocate_widths,
     choose_units,
     expert_masks,
@@ -201,7 +201,7 @@ def _worth(shape, num_layers=NUM_LAYERS, seed=0):
         return torch.rand(size, generator=generator).pow(3).sort(descending=True).values
 
     return [
-        LayerWorth(
+        UnitImportance(
             neurons=best_first(shape.intermediate_size),
             query_key=torch.rand(shape.num_units, generator=generator),
             value=best_first(shape.head_dim),
@@ -224,11 +224,11 @@ def test_allocated_widths_spend_the_budget_and_never_more(name, active_ratio, vo
 def test_worth_is_bought_per_parameter():
     shape = SHAPES["smollm2-135m"]
     poor, rich = _worth(shape, num_layers=2)
-    rich = LayerWorth(neurons=10 * poor.neurons, query_key=poor.query_key, value=poor.value)
+    rich = UnitImportance(neurons=10 * poor.neurons, query_key=poor.query_key, value=poor.value)
     widths = allocate_widths([poor, rich], shape, 0.5)
     assert widths.experts[1] > widths.experts[0]
     # A pair costs 13,824 parameters here and a neuron 1,728: at equal worth neurons are bought.
-    even = LayerWorth(neurons=torch.ones(1536), query_key=torch.ones(32), value=torch.zeros(64))
+    even = UnitImportance(neurons=torch.ones(1536), query_key=torch.ones(32), value=torch.zeros(64))
     widths = allocate_widths([even], shape, 0.768)
     assert (widths.experts, widths.qk_dims, widths.vo_dims) == ([1536], [8], [1])
 

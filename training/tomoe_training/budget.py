@@ -1,8 +1,8 @@
-"""The budget: how wide each layer may be so that the exported model never exceeds p.
+"""The parameter budget: widths of all layers for which the exported model does not exceed p.
 
-Widths come from the trained logits by one threshold shift for the whole model: a neuron, unit or value
-dim is wanted where its keep margin plus the shift is positive. :func:`solve_widths` finds the largest
-shift whose widths, equalised within a layer and rounded to hardware multiples, fit the budget.
+One threshold shift for the whole model turns trained logits into widths: a neuron, unit or value dim is kept if
+its keep margin plus the shift is positive. :func:`solve_widths` finds the largest shift whose widths, equal
+within a layer and rounded to hardware multiples, fit the budget.
 """
 
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from torch import Tensor
 from tomoe_vllm.hf.tomoe_math import GUMBEL_MEDIAN, KEEP_BIAS, BlockShape, keep_margin, top_mask
 
 NUM_QUANTILES = 513
-"""Points of the stored value-logit distribution: K is then exact to 1/8 of a dim at head_dim 64."""
+"""Number of stored quantiles of the value logits: K is then exact to 1/8 of a dim at head_dim 64."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +31,7 @@ class LayerLogits:
 
 @dataclass(frozen=True, kw_only=True)
 class Widths:
-    """Widths of every layer, and the threshold shift they came from."""
+    """Widths of every layer, and the threshold shift that gave them."""
 
     experts: list[int]
     qk_dims: list[int]
@@ -51,7 +51,7 @@ class Widths:
 
 
 def round_width(width: float, multiple: int, limit: int) -> int:
-    """Nearest positive multiple, or ``limit`` itself where that is nearer."""
+    """Nearest positive multiple, or ``limit`` if that is nearer."""
     if width > limit - limit % multiple / 2:
         return limit
     return min(max(multiple, round(width / multiple) * multiple), limit)
@@ -65,9 +65,9 @@ def unit_sizes(shape: BlockShape) -> Tensor:
 
 
 def choose_units(logits: Tensor, num_dims: int, shape: BlockShape) -> Tensor:
-    """Kept units holding exactly ``num_dims`` head dims, best logits first. [U] bool.
+    """Mask of the units with the best logits that hold exactly ``num_dims`` head dims: [U] bool.
 
-    Pairs are taken two dims at a time; an unpaired remainder is filled with single dims.
+    A unit that exceeds the remaining dims is skipped. Raises ``ValueError`` if the dims cannot be filled.
     """
     kept = torch.zeros(shape.num_units, dtype=torch.bool, device=logits.device)
     left, sizes = num_dims, unit_sizes(shape).tolist()
@@ -80,7 +80,7 @@ def choose_units(logits: Tensor, num_dims: int, shape: BlockShape) -> Tensor:
     return kept
 
 
-def _wanted_dims(layer: LayerLogits, shape: BlockShape, shift: float) -> tuple[float, float, float]:
+def _dims_above_threshold(layer: LayerLogits, shape: BlockShape, shift: float) -> tuple[float, float, float]:
     experts = (keep_margin(layer.experts) + shift > 0).sum(dim=-1).max().item()
     sizes = unit_sizes(shape).to(layer.query_key.device)
     query_key = ((keep_margin(layer.query_key) + shift > 0) * sizes).sum().item()
@@ -93,13 +93,13 @@ def _wanted_dims(layer: LayerLogits, shape: BlockShape, shift: float) -> tuple[f
 def widths_at(
     layers: list[LayerLogits], shape: BlockShape, shift: float, *, width_multiple: int, head_dim_multiple: int
 ) -> Widths:
-    """Rounded widths at one threshold shift. Widths never fall below one multiple."""
+    """Rounded widths at one threshold shift, at least one multiple each."""
     experts, qk_dims, vo_dims = [], [], []
     for layer in layers:
-        mlp, query_key, value = _wanted_dims(layer, shape, shift)
+        mlp, query_key, value = _dims_above_threshold(layer, shape, shift)
         experts.append(round_width(mlp, width_multiple, shape.intermediate_size))
         qk_dims.append(round_width(query_key, head_dim_multiple, shape.head_dim))
-        # K of a per-token top-K is masked, not sliced: it needs no multiple. Static V/O dims are sliced.
+        # Dynamic V/O dims are masked and need no multiple. Static V/O dims are sliced.
         is_dynamic = layer.value is not None and layer.value.numel() == NUM_QUANTILES
         vo_dims.append(round_width(value, 1 if is_dynamic else head_dim_multiple, shape.head_dim))
     return Widths(experts=experts, qk_dims=qk_dims, vo_dims=vo_dims, shift=shift)
@@ -113,10 +113,10 @@ def solve_widths(
     width_multiple: int = 32,
     head_dim_multiple: int = 8,
 ) -> Widths:
-    """The widest model whose active block parameters are at most ``active_ratio`` of all: never over.
+    """Widths of the largest model whose active block parameters are at most ``active_ratio`` of all.
 
-    Bisection over the shift: widths grow with it. Raises ``ValueError`` if even the narrowest model
-    (one multiple everywhere) is over the budget.
+    Bisection over the shift, in which widths are monotonic. Raises ``ValueError`` if the narrowest model (one
+    multiple everywhere) exceeds the budget.
     """
 
     def at(shift: float) -> Widths:
@@ -142,8 +142,8 @@ def solve_widths(
 
 
 @dataclass(frozen=True, kw_only=True)
-class LayerWorth:
-    """What units of one layer are worth, in any unit common to all layers. [F] best first; [U]; [A] best first."""
+class UnitImportance:
+    """Importance of one layer's units, on one scale for all layers. [F] and [A] sorted descending; [U]."""
 
     neurons: Tensor
     query_key: Tensor
@@ -151,7 +151,7 @@ class LayerWorth:
 
 
 def allocate_widths(
-    layers: list[LayerWorth],
+    layers: list[UnitImportance],
     shape: BlockShape,
     active_ratio: float,
     *,
@@ -159,13 +159,14 @@ def allocate_widths(
     head_dim_multiple: int = 8,
     vo_mode: str = "dynamic",
 ) -> Widths:
-    """Widths within ``active_ratio`` that keep most worth: one step at a time, the best worth per parameter first.
+    """Widths within ``active_ratio`` that keep the most importance.
 
-    Every layer keeps at least one step of each kind. Raises ``ValueError`` where that is over the budget.
+    Greedy, in steps of one multiple: the step with the highest importance per parameter first. Every layer keeps at
+    least one step of each kind. Raises ``ValueError`` if that exceeds the budget.
     """
     heads = shape.hidden_size * (shape.num_heads + shape.num_kv_heads)
     neuron = shape.num_mlp_matrices * shape.hidden_size
-    steps: list[tuple[float, int, int, str, int]] = []  # (-worth per parameter, order, layer, kind, dims)
+    steps: list[tuple[float, int, int, str, int]] = []  # (-importance per parameter, order, layer, kind, dims)
     widths = {kind: [0] * len(layers) for kind in ("experts", "qk_dims", "vo_dims")}
     left = active_ratio * shape.total_parameters * len(layers)
     for i, layer in enumerate(layers):
@@ -176,10 +177,10 @@ def allocate_widths(
             widths["vo_dims"][i] = shape.head_dim
             left -= shape.head_dim * heads
         else:
-            # K of a per-token top-K is masked, not sliced: it needs no multiple.
+            # Dynamic V/O dims are masked, not sliced: they need no multiple.
             kinds.append(("vo_dims", layer.value, 1 if vo_mode == "dynamic" else head_dim_multiple, heads))
-        for kind, worth, multiple, cost in kinds:
-            first, *others = worth.double().split(multiple)
+        for kind, importance, multiple, cost in kinds:
+            first, *others = importance.double().split(multiple)
             widths[kind][i] = len(first)
             left -= len(first) * cost
             steps += [(-part.mean().item() / cost, n, i, kind, len(part)) for n, part in enumerate(others)]
@@ -193,7 +194,7 @@ def allocate_widths(
     for _, _, i, kind, dims in sorted(steps):
         cost = dims * (neuron if kind == "experts" else heads)
         if cost > left or (i, kind) in is_full:
-            is_full.add((i, kind))  # no later, lesser step of this kind in its place
+            is_full.add((i, kind))  # steps of a kind are added in order: skip the later ones too
             continue
         widths[kind][i] += dims
         left -= cost
@@ -201,9 +202,9 @@ def allocate_widths(
 
 
 def shift_to_widths(layer: LayerLogits, shape: BlockShape, widths: Widths, i: int) -> LayerLogits:
-    """Shift a layer's logits so that its widths in ``widths`` are what lies above the threshold.
+    """Shift a layer's logits so that exactly its widths in ``widths`` are above the threshold.
 
-    Each row moves by a constant, which changes no top-``width`` mask. Experts come out equally wide.
+    Each row is shifted by a constant, which changes no top-``width`` mask. All experts get the same width.
     """
     value = layer.value
     if value is not None:
@@ -224,5 +225,5 @@ def _shift_rows(logits: Tensor, width: int) -> Tensor:
 
 
 def expert_masks(logits: Tensor, width: int) -> Tensor:
-    """Every expert's ``width`` best neurons: [N, F] bool. Narrow experts are filled up with their next best."""
+    """Mask of the ``width`` best neurons of every expert: [N, F] bool."""
     return top_mask(logits, width)

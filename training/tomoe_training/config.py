@@ -59,11 +59,11 @@ class RunConfig(MethodSettings):
     text_column: str | None = None
     """Column that holds the text, if it is not called `text`."""
     steps: int = Field(default=10_000, ge=1)
-    """Optimiser steps."""
+    """Optimizer steps."""
     sequence_length: int = Field(default=512, ge=2)
     """Tokens per sequence."""
     batch_size: int = Field(default=2, ge=1)
-    """Sequences per optimiser step, over all processes."""
+    """Sequences per optimizer step, over all processes."""
     micro_batch_size: int | None = Field(default=None, ge=1)
     """Sequences per forward pass and process; gradients are accumulated. Default: the whole batch in one pass."""
     learning_rate: float = Field(default=1e-3, ge=0)
@@ -87,7 +87,7 @@ class RunConfig(MethodSettings):
     shard_base: bool = False
     """Shard the frozen base's layers over the processes (FSDP2) instead of one copy in each."""
     warm_start_tokens: int = Field(default=8192, ge=0)
-    """Tokens of training text whose importance scores initialise routers, masks and widths; 0 is a cold start (as in
+    """Tokens of training text whose importance scores initialize routers, masks and widths; 0 is a cold start (as in
     the paper)."""
     init_adapter: str | None = None
     """Start from this adapter instead of a warm start."""
@@ -131,7 +131,7 @@ class FinetuneConfig(Settings):
     learning_rate: float | None = Field(default=None, gt=0)
     """Peak learning rate. Default: 2e-4 for lora, 2e-5 for full."""
     steps: int = Field(default=500, ge=1)
-    """Optimiser steps."""
+    """Optimizer steps."""
     sequence_length: int = Field(default=512, ge=2)
     """Tokens per sequence."""
     batch_size: int = Field(default=2, ge=1)

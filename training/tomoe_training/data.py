@@ -1,16 +1,16 @@
-"""Training text: sources, packing, and a stateless order.
+"""Training text: sources, packing and a stateless order.
 
 A source is a local file (.txt, .jsonl, .json, .parquet), a preset of the paper (``wikitext``, ``alpaca``,
 ``code_alpaca``), any Hugging Face set (``hf:PATH[:CONFIG]``), or ``self``: text sampled from the dense
 model, so that a model can be converted with no data at all.
 
-Documents are tokenised with the special tokens the tokenizer adds by default (a BOS where the family uses
-one), ended by EOS, joined, and cut into blocks of ``sequence_length``; the incomplete last block is
-dropped. Attention crosses document borders inside a block, and every position is trained on: distillation
-asks the student to be the teacher everywhere, so nothing is masked.
+Documents are tokenized with the tokenizer's default special tokens (BOS if the family has one), ended by EOS,
+joined and cut into blocks of ``sequence_length``. An incomplete last block is dropped. Attention crosses
+document borders inside a block. No position is masked: in distillation the student imitates the teacher at
+every position.
 
-Sources are interleaved one block each (1:1:1). Block number -> tokens is a pure function of the seed, so
-the data cursor of a run is its step.
+Sources are interleaved, one block each (1:1:1). The tokens of a block are a pure function of seed and block
+number, so the position of a run in its data is its step.
 """
 
 import json
@@ -43,16 +43,16 @@ _WITHOUT_INPUT = (
 
 
 def alpaca_text(row: dict) -> str:
-    """An instruction row in the Alpaca template; the variant without input where ``input`` is empty."""
+    """An instruction row in the Alpaca template; without the input section if ``input`` is empty."""
     fields = {name: (row.get(name) or "").strip() for name in ("instruction", "input", "output")}
     return (_WITH_INPUT if fields["input"] else _WITHOUT_INPUT).format(**fields)
 
 
 def load_documents(source: str, text_column: str | None = None):
-    """A source as a ``datasets.Dataset`` with one column ``text``, a document per row.
+    """A source as a ``datasets.Dataset`` with one column ``text`` and one document per row.
 
-    A .txt file is one document. Raises ``FileNotFoundError``, or ``ValueError`` naming the columns there
-    are where neither ``text_column`` nor an instruction format is found.
+    A .txt file is one document. Raises ``FileNotFoundError``, or ``ValueError`` for an unreadable file and for
+    one with neither a text column nor an instruction format.
     """
     import datasets
 
@@ -94,9 +94,9 @@ def load_documents(source: str, text_column: str | None = None):
 
 
 def pack(documents, tokenizer, sequence_length: int):
-    """Tokenised documents as blocks: a ``datasets.Dataset`` of ``input_ids`` [sequence_length].
+    """Blocks of tokenized documents: a ``datasets.Dataset`` of ``input_ids`` [sequence_length].
 
-    Raises ``ValueError`` if the whole source is shorter than one block.
+    Raises ``ValueError`` if the source is shorter than one block.
     """
     eos = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
 
@@ -114,7 +114,7 @@ def pack(documents, tokenizer, sequence_length: int):
         return {"input_ids": [ids[end - sequence_length : end] for end in ends]}
 
     tokens = documents.map(tokenize, batched=True, remove_columns=documents.column_names)
-    # Larger than most local sets: at most one incomplete block is dropped per this many documents.
+    # One incomplete block is dropped per batch: a large batch loses little text.
     packed = tokens.map(blocks, batched=True, batch_size=10_000)
     if len(packed) == 0:
         raise ValueError(f"the source is shorter than one block of {sequence_length} tokens; lower sequence_length")
@@ -122,7 +122,7 @@ def pack(documents, tokenizer, sequence_length: int):
 
 
 class InterleavedBlocks:
-    """Blocks of several sources in turn, each shuffled anew every epoch. Stateless in the block number."""
+    """Interleaved blocks of several sources, reshuffled every epoch: a pure function of seed and block number."""
 
     def __init__(self, sources: Sequence[Sequence], seed: int):
         self.sources, self.seed = list(sources), seed
@@ -151,9 +151,9 @@ class InterleavedBlocks:
 
 @torch.no_grad()
 def sample_from_model(model, tokenizer, *, num_tokens: int, length: int, seed: int, batch_size: int = 16) -> list[str]:
-    """Text sampled from the dense model at temperature 1, from its BOS (or EOS) token on.
+    """Text sampled from the dense model at temperature 1, starting with its BOS (or EOS) token.
 
-    Self-distillation on the model's own text needs no data. Returns documents, about ``num_tokens`` in all.
+    Self-distillation on it needs no data. Returns documents with about ``num_tokens`` tokens in total.
     """
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     if start is None:

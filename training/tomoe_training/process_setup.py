@@ -1,4 +1,4 @@
-"""How PyTorch is made to run well on this machine's CPU."""
+"""Settings of the process: memory allocation on CPUs, and the output of libraries."""
 
 import contextlib
 import ctypes
@@ -7,11 +7,11 @@ import sys
 
 
 def tune_malloc() -> None:
-    """Let glibc keep freed memory for large tensors.
+    """Make glibc keep freed memory of large tensors for later allocations.
 
-    With the defaults every large activation is mapped and unmapped anew, and page faults take half of a
-    training step's time. Same as MALLOC_MMAP_THRESHOLD_ and MALLOC_TRIM_THRESHOLD_, but set from inside, where
-    trimming can be switched off: a step that frees more than a threshold of 2 GB would pay for it again.
+    By default every large activation is mapped and unmapped, and page faults take half of a training step's
+    time. MALLOC_MMAP_THRESHOLD_ and MALLOC_TRIM_THRESHOLD_ have the same effect, but cannot switch trimming off:
+    a step that frees more than their maximum of 2 GB is trimmed.
     """
     if not sys.platform.startswith("linux"):
         return
@@ -20,14 +20,14 @@ def tune_malloc() -> None:
         libc = ctypes.CDLL("libc.so.6")
         libc.mallopt(m_mmap_threshold, 1 << 30)
         libc.mallopt(m_trim_threshold, -1)  # never
-    except (OSError, AttributeError):  # another C library has other habits
+    except (OSError, AttributeError):  # not glibc
         return
 
 
 def release_memory() -> None:
-    """Give what is free back to the system: once, after a step that needed much more than all later ones.
+    """Return free memory to the system: called once, after a step that needs much more memory than later ones.
 
-    :func:`tune_malloc` keeps freed memory otherwise, for good.
+    After :func:`tune_malloc` freed memory is otherwise kept.
     """
     if sys.platform.startswith("linux"):
         with contextlib.suppress(OSError, AttributeError):
@@ -35,18 +35,18 @@ def release_memory() -> None:
 
 
 def hide_progress_bars() -> None:
-    """Switch off transformers' own progress bars. (TQDM_DISABLE would reach vLLM, which divides by its bar's time.)"""
+    """Switch off the progress bars of transformers. (With TQDM_DISABLE vLLM would divide by zero.)"""
     from transformers.utils import logging
 
     logging.disable_progress_bar()
 
 
 def prepare_process() -> None:
-    """Settings for every ``tomoe`` command: malloc for the CPU, and no chatter from libraries."""
+    """Settings of every ``tomoe`` command: memory allocation, and less output of libraries."""
     tune_malloc()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    # Inherited by vLLM's worker processes, which start with their own malloc.
+    # Worker processes of vLLM inherit these.
     os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", str(1 << 30))
     os.environ.setdefault("MALLOC_TRIM_THRESHOLD_", str((1 << 31) - 1))

@@ -5,7 +5,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 
 class TrainProgress:
-    """Losses, active ratio, tokens per second and time left; plain lines where there is no terminal."""
+    """Progress bar with losses, active ratio, tokens per second and remaining time; plain lines without a terminal."""
 
     def __init__(self, steps: int, first_step: int, is_on: bool):
         self.steps, self.is_on = steps, is_on
@@ -29,7 +29,7 @@ class TrainProgress:
         self.bar.stop()
 
     def update(self, step: int, terms: dict[str, float], tokens_per_s: float) -> None:
-        """Show step ``step`` of a training run; without a terminal, about twenty lines in all."""
+        """Show a training step. Without a terminal, about twenty lines are printed per run."""
         self.show(
             step,
             f"loss {terms['loss']:.3f} = task {terms['task']:.3f}, R_P {terms['r_p']:.3f}, R_U {terms['r_u']:.3f}, "
@@ -38,7 +38,7 @@ class TrainProgress:
         )
 
     def show(self, step: int, text: str) -> None:
-        """Show step ``step`` with any text."""
+        """Show a step with the given text."""
         self.bar.update(self.task, completed=step, terms=text)
         if self.is_on and not self.console.is_terminal and (step % max(1, self.steps // 20) == 0 or step == 1):
             self.console.print(f"step {step}/{self.steps}: {text}", highlight=False, soft_wrap=True)

@@ -1,4 +1,4 @@
-"""Tables for people, on standard error."""
+"""Tables on standard error. (Standard output is for JSON.)"""
 
 from rich.console import Console
 from rich.table import Table
@@ -21,7 +21,7 @@ def _text(value) -> str:
 
 
 def print_facts(facts: dict) -> None:
-    """The facts of ``tomoe inspect`` as a two-column table."""
+    """Print the facts of ``tomoe inspect`` as a table of two columns."""
     table = Table(title=_TITLES.get(facts["kind"], facts["kind"]), show_header=False)
     for name, value in facts.items():
         if name != "kind":
@@ -30,7 +30,7 @@ def print_facts(facts: dict) -> None:
 
 
 def print_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
-    """Rows of text under a title."""
+    """Print rows of text as a table."""
     table = Table(*columns, title=title)
     for row in rows:
         table.add_row(*row)

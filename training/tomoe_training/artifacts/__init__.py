@@ -1,1 +1,1 @@
-"""What is read and written: dense checkpoints, adapters, exported checkpoints, model cards, provenance."""
+"""Files that are read and written: dense checkpoints, adapters, exported checkpoints, model cards, provenance."""

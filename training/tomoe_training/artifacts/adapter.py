@@ -1,7 +1,7 @@
-"""The adapter: what training yields. Everything the export needs besides the base model.
+"""The adapter: the result of training. With the base model it is all that the export needs.
 
-A folder like a LoRA adapter. It holds mask *logits*, not masks, so that one training run can be exported
-at other budgets and hardware multiples.
+It is a folder like a LoRA adapter: ``adapter_config.json`` and ``adapter.safetensors``. It holds mask *logits*,
+not masks, so that one training run can be exported at other budgets and hardware multiples.
 """
 
 import json
@@ -27,7 +27,7 @@ FORMAT_VERSION = 1
 
 @dataclass(kw_only=True)
 class AdapterConfig:
-    """``adapter_config.json``. ``training`` is the resolved run config and its provenance."""
+    """Content of ``adapter_config.json``. ``training`` is the resolved run config and its provenance."""
 
     base_model_name: str
     base_model_hash: str
@@ -43,7 +43,7 @@ class AdapterConfig:
 
 @dataclass(kw_only=True)
 class LayerAdapter:
-    """Trained tensors of one layer. Routers keep their inference form (appendix A.1)."""
+    """Trained tensors of one layer. Routers are in their form for inference (appendix A.1)."""
 
     logits: LayerLogits
     router: Tensor  # [N, D]
@@ -74,7 +74,7 @@ class Adapter:
     layers: list[LayerAdapter]
 
     def save(self, folder: Path, dtype: torch.dtype = torch.float32) -> None:
-        """Write both files, each whole and the config last; ``dtype`` is what is stored."""
+        """Write both files atomically, the config last. ``dtype`` is the stored dtype."""
         tensors = {
             f"layers.{i}.{name}": tensor.to(dtype).contiguous().cpu()
             for i, layer in enumerate(self.layers)
@@ -88,7 +88,7 @@ class Adapter:
 
     @classmethod
     def load(cls, folder: Path) -> "Adapter":
-        """Read an adapter. Raises ``FileNotFoundError`` or ``ValueError`` with what to do."""
+        """Read an adapter. Raises ``FileNotFoundError``, or ``ValueError`` for a damaged or unsupported one."""
         config_file = folder / ADAPTER_CONFIG
         if not config_file.is_file():
             raise FileNotFoundError(f"{folder} is not an adapter: it has no {ADAPTER_CONFIG}")

@@ -1,7 +1,7 @@
-"""Adapter + base model -> checkpoint: the dense tensors untouched, and the ToMoE tensors beside them.
+"""Export: adapter + base model -> checkpoint with the unchanged dense tensors and the ToMoE tensors.
 
-Dense shards are hard-linked (copied across file systems), so export needs no more memory than one layer.
-What the hardware should not load is pruned when a server loads, not on disk.
+Dense shards are hard-linked (copied across file systems), so the export needs little memory. Pruning happens
+when a server loads the checkpoint, not on disk.
 """
 
 import json
@@ -30,7 +30,7 @@ COPIED_TOKENIZER = ("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.js
 
 
 def load_base_config(base: Path):
-    """Config of a dense model folder. Raises ``ValueError`` for an unsupported family, naming the supported."""
+    """Config of a dense model folder. Raises ``ValueError`` for an unsupported family."""
     if not (base / "config.json").is_file():
         raise FileNotFoundError(f"{base} is not a model folder: it has no config.json")
     try:
@@ -40,7 +40,7 @@ def load_base_config(base: Path):
     model_type = str(raw.get("model_type", "")) if isinstance(raw, dict) else ""
     if model_type.startswith("tomoe_"):
         raise ValueError(f"{base} is already a ToMoE checkpoint; give the dense model as --base")
-    # Before AutoConfig, whose own error for a type it does not know says nothing of ours.
+    # Before AutoConfig, whose error for an unknown type does not name the supported families.
     base_model_type(SimpleNamespace(model_type=model_type))
     config = AutoConfig.from_pretrained(base)
     base_model_type(config)
@@ -48,7 +48,7 @@ def load_base_config(base: Path):
 
 
 def check_base(adapter: Adapter, base: Path) -> None:
-    """Raise ``ValueError`` unless ``base`` holds the very tensors the adapter was trained on."""
+    """Raise ``ValueError`` unless ``base`` has exactly the tensors that the adapter was trained on."""
     expected = adapter.config.base_model_hash
     actual = fingerprint(base)
     if actual != expected:
@@ -61,7 +61,7 @@ def check_base(adapter: Adapter, base: Path) -> None:
 def plan_widths(
     adapter: Adapter, shape: BlockShape, active_ratio: float | None, width_multiple: int, head_dim_multiple: int
 ) -> Widths:
-    """Widths of the exported model for the adapter's budget, or for another one."""
+    """Widths of the exported model for ``active_ratio``; None is the adapter's own budget."""
     p = adapter.config.active_ratio if active_ratio is None else active_ratio
     if not 0 < p <= 1:
         raise ValueError(f"active_ratio is {p}; it must be in (0, 1]")
@@ -78,7 +78,7 @@ def plan_widths(
 
 
 def tomoe_tensors(layer: LayerAdapter, i: int, widths: Widths, shape: BlockShape) -> dict[str, Tensor]:
-    """Checkpoint tensors of layer ``i``, under the names of the reference model."""
+    """Checkpoint tensors of layer ``i``, with the names of the reference model."""
     head, expert = f"model.layers.{i}.self_attn.head_gate", f"model.layers.{i}.mlp.expert_gate"
     units = choose_units(layer.logits.query_key, widths.qk_dims[i], shape)
     tensors = {
@@ -108,9 +108,9 @@ def export_checkpoint(
     width_multiple: int = 32,
     head_dim_multiple: int = 8,
 ) -> Widths:
-    """Write a servable checkpoint; ``out`` appears whole or not at all. Returns its widths.
+    """Write a checkpoint to ``out``, atomically. Returns its widths.
 
-    Raises ``ValueError`` for a base the adapter was not trained on, damaged files or an impossible budget.
+    Raises ``ValueError`` for a base that the adapter was not trained on, damaged files or an impossible budget.
     """
     config = load_base_config(base)
     adapter = Adapter.load(adapter_folder)
@@ -143,7 +143,7 @@ def export_checkpoint(
 
 
 def _dense_name(file: Path) -> str:
-    """Name of a dense file in the checkpoint: transformers reads model.safetensors alone, past any index."""
+    """Name of a dense file in the checkpoint. (transformers ignores the index if there is a model.safetensors.)"""
     return "model-dense.safetensors" if file.name == "model.safetensors" else file.name
 
 

@@ -1,4 +1,4 @@
-"""What an adapter or a checkpoint holds and costs: the paper's count, and what is really read."""
+"""``tomoe inspect``: parameters, bytes and FLOPs of a checkpoint, by the paper's count and as served; adapters."""
 
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from tomoe_vllm.layers.attention.kv_layout import (
 
 
 def inspect(folder: Path) -> dict:
-    """Facts of an adapter or a checkpoint folder, JSON-ready. Raises ``ValueError`` for any other folder."""
+    """Facts about an adapter or checkpoint folder, JSON-ready. Raises ``ValueError`` for any other folder."""
     return _inspect_adapter(folder) if (folder / ADAPTER_CONFIG).is_file() else _inspect_checkpoint(folder)
 
 
@@ -83,9 +83,9 @@ def _inspect_checkpoint(folder: Path) -> dict:
 
 
 def _read_parameters_per_token(config, shape: BlockShape) -> dict[str, dict[str, int]]:
-    """Parameters that one token makes the server read, FLOPs, and what is resident, by layout of the experts.
+    """Parameters that the server reads per token, FLOPs per token, and resident parameters, by expert layout.
 
-    For weights neither quantized nor under LoRA: those keep whole heads, and the masked layout.
+    For weights without quantization and LoRA. With either, heads are not pruned and the layout is masked.
     """
     layers, outside = range(config.num_hidden_layers), _parameters_outside_blocks(config)
     heads = shape.hidden_size * (shape.num_heads + shape.num_kv_heads)
@@ -116,15 +116,17 @@ def _read_parameters_per_token(config, shape: BlockShape) -> dict[str, dict[str,
 
 
 def _router_parameters(config, shape: BlockShape, layer_idx: int) -> int:
-    """Those that are read: a value router that keeps every dim is not asked."""
-    is_asked = config.vo_mode == "dynamic" and config.vo_head_dims[layer_idx] < shape.head_dim
-    return shape.router_parameters(config.num_experts, config.value_router_dim, "dynamic" if is_asked else "none")
+    """Router parameters that are read: a value router that keeps every dim is not evaluated."""
+    has_value_router = config.vo_mode == "dynamic" and config.vo_head_dims[layer_idx] < shape.head_dim
+    return shape.router_parameters(
+        config.num_experts, config.value_router_dim, "dynamic" if has_value_router else "none"
+    )
 
 
 def _kv_bytes(config) -> dict[str, int | str]:
     """Bytes that one token adds to the KV cache in the checkpoint's dtype, by ``kv_layout``.
 
-    ``padded`` is that of GPUs; on a CPU a smaller head size may be enough.
+    ``padded`` is for GPUs; CPUs may support a smaller head size.
     """
     dtype = config.dtype or torch.float32
     layouts = {

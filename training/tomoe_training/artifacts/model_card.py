@@ -1,4 +1,4 @@
-"""The README.md of a checkpoint."""
+"""Model card: the README.md of a checkpoint."""
 
 import json
 from pathlib import Path
@@ -12,7 +12,7 @@ def _span(widths: list[int]) -> str:
 
 
 UNCHANGED = "the dense weights are\nunchanged; routers choose, per token, which of them are used."
-"""What every exported card says, and a fine-tuned one must not."""
+"""Part of every exported card; :func:`fine_tuned_card` replaces it."""
 
 
 def model_card(config, widths, shape: BlockShape) -> str:
@@ -49,8 +49,8 @@ pip install "./tomoe-vllm[gpu]"     # a checkout of ToMoE on vLLM, or its wheel
 vllm serve ./this-folder --trust-remote-code
 ```
 
-or, with transformers alone: `AutoModelForCausalLM.from_pretrained(".", trust_remote_code=True)` (the readable
-reference: exact, not fast). `tomoe_provenance.json` holds the resolved run config and versions.
+or, with transformers alone: `AutoModelForCausalLM.from_pretrained(".", trust_remote_code=True)` (the
+reference model: exact, not fast). `tomoe_provenance.json` holds the resolved run config and versions.
 """
 
 
@@ -63,9 +63,9 @@ PERPLEXITY = """
 
 
 def record_perplexity(folder: Path, facts: dict) -> None:
-    """Add a result of ``tomoe eval ppl`` to a checkpoint's card; the same measurement again takes its place.
+    """Add a result of ``tomoe eval ppl`` to a checkpoint's card; it replaces an earlier result of the same measurement.
 
-    Raises ``ValueError`` for a folder that is not a ToMoE checkpoint: another model's card is not ours to change.
+    Raises ``ValueError`` for a folder that is not a ToMoE checkpoint: cards of other models are not changed.
     """
     card, config = folder / "README.md", json.loads((folder / "config.json").read_text())
     if not str(config.get("model_type", "")).startswith("tomoe_") or not card.is_file():
@@ -82,7 +82,7 @@ def record_perplexity(folder: Path, facts: dict) -> None:
 
 
 def fine_tuned_card(card: str, finetuning: dict) -> str:
-    """A checkpoint's card after ``tomoe finetune``: it no longer says that the weights are the base's."""
+    """A checkpoint's card after ``tomoe finetune``: the weights are no longer those of the base."""
     changed = (
         "routers choose, per\ntoken, which of its weights are used. **The weights were then fine-tuned** under these "
         "masks (see the end): they are no\nlonger the base's."

@@ -1,1 +1,1 @@
-"""Perplexity, downstream tasks, and the comparison with other methods."""
+"""Perplexity, downstream tasks, and the comparison with baselines."""

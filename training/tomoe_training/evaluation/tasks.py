@@ -1,9 +1,9 @@
-"""Downstream tasks: EleutherAI's lm-eval on a dense or converted model, by its `hf` or its `vllm` model type.
+"""``tomoe eval tasks``: EleutherAI's lm-eval on a dense or converted model, with its `hf` or `vllm` model type.
 
-Nothing is scored here. Prompts, metrics and standard errors are lm-eval's own, so the figures compare with
-published ones of the same lm-eval version; what this adds is the model families, the paper's presets, tasks
-from a local folder, and errors of one line. Tasks are loaded before the model: a misspelt name or a data set
-out of reach costs seconds. See docs/evaluation.md.
+Prompts, metrics and standard errors are lm-eval's, so that results are comparable with published ones of the
+same version. This module adds the model families, the paper's presets, tasks from a local folder, and errors of
+one line. Tasks are loaded before the model: an unknown name or an unreachable data set is reported after
+seconds. See docs/evaluation.md.
 """
 
 import contextlib
@@ -27,12 +27,12 @@ PRESETS: dict[str, dict[str, int | None]] = {
         "winogrande": 5,
         "arc_challenge": 25,
         "hellaswag": 10,
-        "truthfulqa_mc2": None,  # six fixed questions and answers are part of its prompt
+        "truthfulqa_mc2": None,  # its prompt has six fixed questions and answers
         "mmlu": 5,
     },
     "generation": {"gsm8k": None, "ifeval": None},
 }
-"""Tasks and shots of the paper's tables (None: what the task itself says), and two that generate text."""
+"""Tasks and shots of the paper's tables (None: the default of the task), and two tasks that generate text."""
 
 BACKENDS = ("hf", "vllm")
 DTYPES = ("float32", "bfloat16", "float16")
@@ -56,7 +56,7 @@ def evaluate_tasks(
     ``names`` are lm-eval tasks, groups, tags or :data:`PRESETS`. ``tasks`` of the result maps each to its
     metrics with their standard errors (``acc``, ``acc_stderr``, ``acc_norm``, ...), ``num_fewshot`` and
     ``num_samples``; ``mean`` is the mean of acc_norm, or of acc where a task has no acc_norm.
-    Raises ``ValueError`` for bad options and unknown tasks, ``OSError`` for a data set that cannot be had and
+    Raises ``ValueError`` for bad options and unknown tasks, ``OSError`` for a data set that cannot be loaded and
     ``ModuleNotFoundError`` without lm-eval.
     """
     if not (folder / "config.json").is_file():
@@ -70,7 +70,7 @@ def evaluate_tasks(
             raise ValueError(f"{option} is {number}; it must be at least {least}")
     shots = expand_presets(names)
     lm_eval = _import_lm_eval()
-    folder = folder.absolute()  # the working folder changes now
+    folder = folder.absolute()  # the working folder changes below
     with _working_folder(task_folder):
         manager, loaded = _load_tasks(shots, has_folder=task_folder is not None)
         started = time.perf_counter()
@@ -102,9 +102,9 @@ def evaluate_tasks(
 
 
 def expand_presets(names: list[str]) -> dict[str, int | None]:
-    """Tasks with their shots (None: the task's own) for names of which some are presets.
+    """Tasks and shots (None: the default of the task) for a list of tasks and presets.
 
-    Raises ``ValueError`` for an empty list and for a task that is named twice.
+    Raises ``ValueError`` for an empty list and for a task that occurs twice.
     """
     pairs = [pair for name in names for pair in (PRESETS[name].items() if name in PRESETS else [(name, None)])]
     if not pairs:
@@ -129,7 +129,7 @@ def _import_lm_eval():
 
 @contextlib.contextmanager
 def _language_model(folder: Path, backend: str, dtype: str, batch_size: int | None) -> Iterator[Any]:
-    """lm-eval's model of a folder. No remote code: our families are registered in both backends."""
+    """lm-eval's model of a folder. No remote code: the ToMoE families are registered in both backends."""
     from lm_eval.api.registry import get_model
 
     register_with_transformers()
@@ -143,13 +143,13 @@ def _language_model(folder: Path, backend: str, dtype: str, batch_size: int | No
     try:
         yield model
     finally:
-        if backend == "vllm":  # its processes log to standard output when they end: before the JSON line, then
+        if backend == "vllm":  # its processes log to standard output when they end: end them before the JSON line
             model.model.llm_engine.engine_core.shutdown()
 
 
 @contextlib.contextmanager
 def _working_folder(folder: Path | None) -> Iterator[None]:
-    """Relative ``data_files`` of a task folder's YAML are read from that folder, wherever it lies."""
+    """Change to the task folder, so that relative ``data_files`` in its YAML files are read from there."""
     if folder is None:
         yield
         return
@@ -160,7 +160,7 @@ def _working_folder(folder: Path | None) -> Iterator[None]:
 
 
 def _load_tasks(shots: dict[str, int | None], *, has_folder: bool) -> tuple[Any, dict[str, list]]:
-    """lm-eval's task manager, and its task and group objects by name asked for, with data and shots."""
+    """lm-eval's task manager, and the loaded tasks and groups by requested name."""
     import datasets
 
     datasets.disable_progress_bars()
@@ -184,13 +184,13 @@ def _load_tasks(shots: dict[str, int | None], *, has_folder: bool) -> tuple[Any,
 
 
 def _task_manager(names: Iterable[str], *, has_folder: bool):
-    """A task manager that knows all of ``names``: the task folder's, which is the working folder, and lm-eval's."""
+    """A task manager that has all ``names``: tasks of the working folder (if ``has_folder``) and of lm-eval."""
     from lm_eval.tasks import TaskManager
 
     if has_folder:
         own = TaskManager(include_path=".", include_defaults=False)
         if all(name in own.task_index for name in names):
-            return own  # lm-eval's own 15,000 names take ten seconds to read
+            return own  # reading lm-eval's 15,000 names takes ten seconds
     manager = TaskManager(include_path="." if has_folder else None)
     for name in names:
         if name not in manager.task_index:
@@ -205,7 +205,7 @@ def _name(item) -> str:
 
 
 def _score(results: dict[str, Any], item) -> dict[str, Any]:
-    """Metrics of one task or group: lm-eval's ``acc,none`` is ``acc``, ``exact_match,strict-match`` stays whole."""
+    """Metrics of one task or group: lm-eval's ``acc,none`` becomes ``acc``; ``exact_match,strict-match`` is kept."""
     leaves = [item] if hasattr(item, "task_name") else item.get_all_tasks()
     shots = {results["n-shot"][_name(leaf)] for leaf in leaves}
     score: dict[str, Any] = {
@@ -221,7 +221,7 @@ def _score(results: dict[str, Any], item) -> dict[str, Any]:
 
 
 def score_rows(scores: dict[str, dict[str, Any]]) -> list[list[str]]:
-    """Rows of the table for people: task, shots, samples, metric, value with standard error."""
+    """Rows of the printed table: task, shots, samples, metric, value with standard error."""
     rows = []
     for task, score in scores.items():
         for key, value in score.items():

@@ -1,8 +1,8 @@
-"""Training's gates: masks that come from embeddings, with noise and straight-through gradients.
+"""Gates for training: masks from embeddings, with noise and straight-through gradients.
 
-They sit where the reference model's gates sit (they subclass them) and differ only in how a mask comes
-about. Masks of experts and Q/K are made once per step and indexed per token, not sampled per token: the
-logits depend on the expert alone, so this is T/N times cheaper and changes only how noise is shared.
+They are subclasses of the reference model's gates, attached at the same positions, and differ only in how they
+compute the masks. Masks of experts and of Q/K are computed once per step and indexed per token. The logits depend
+only on the expert, so this is T/N times cheaper than sampling per token and changes only how noise is shared.
 """
 
 from typing import NamedTuple
@@ -21,7 +21,7 @@ from tomoe_vllm.hf.tomoe_math import head_units, value_logits
 
 
 class LayerNoise(NamedTuple):
-    """One layer's part of :class:`~tomoe_training.method.relaxation.StepNoise`; None is noise-free."""
+    """Noise of one layer, from :class:`~tomoe_training.method.relaxation.StepNoise`; None means no noise."""
 
     experts: Tensor | None = None
     query_key: Tensor | None = None
@@ -32,13 +32,13 @@ class LayerNoise(NamedTuple):
 NOISE_FREE = LayerNoise()
 
 QUANTILE_TOKENS = 64
-"""Tokens per sequence that the value-logit quantiles are read from: 4,096 values at head_dim 64."""
+"""Tokens per sequence for the quantiles of the value logits: 4,096 values at head_dim 64."""
 
 
 def quantiles_per_sequence(logits: Tensor) -> Tensor:
     """Quantiles of [B, S, A] logits within each sequence, averaged over the batch: [NUM_QUANTILES].
 
-    A mean of per-sequence quantiles, so that two processes average to what one sees.
+    A mean of quantiles per sequence, so that the mean over two processes equals the result of one.
     """
     stride = max(1, logits.shape[1] // QUANTILE_TOKENS)
     values = logits[:, ::stride].flatten(1).sort(dim=-1).values
@@ -47,7 +47,7 @@ def quantiles_per_sequence(logits: Tensor) -> Tensor:
 
 
 class TrainedHeadGate(HeadGate):
-    """Head-dim masks of one attention layer from its module's expert embeddings (eq. 5)."""
+    """Head-dim masks of one attention layer, from the expert embeddings of its module (eq. 5)."""
 
     def __init__(self, config, layer_idx: int, settings: MethodSettings):
         super().__init__()
@@ -68,7 +68,7 @@ class TrainedHeadGate(HeadGate):
         self.keeps_query_key, self.keeps_value = False, vo_mode == "none"
 
     def freeze_widths(self, widths: Widths) -> None:
-        """The widths will stay: what is kept whole needs no mask from now on, and is not trained."""
+        """Declare the widths constant: dims that are all kept need no mask from now on, and are not trained."""
         self.keeps_query_key = widths.qk_dims[self.layer_idx] == self.shape.head_dim
         self.keeps_value = self.vo_mode == "none" or widths.vo_dims[self.layer_idx] == self.shape.head_dim
         for name, parameter in self.named_parameters():
@@ -81,14 +81,14 @@ class TrainedHeadGate(HeadGate):
         return embedding.mean(dim=0) + self.embedding_offset
 
     def static_logits(self, mean: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Q/K logits [U], and V/O logits [A] if they are static."""
+        """Q/K logits [U], and V/O logits [A] if ``vo_mode`` is static, from the mean embedding [R]."""
         hidden = F.gelu(self.norm(mean))
         query_key = self.query_key_up(hidden) + self.query_key_offset
         value = self.value_up(hidden) + self.value_offset if self.vo_mode == "static" else None
         return query_key, value
 
     def make_masks(self, embedding: Tensor, noise: LayerNoise, widths: Widths | None) -> None:
-        """Make this step's masks from embeddings [N, R]. With ``widths``, exactly that wide."""
+        """Compute the masks of a step from embeddings [N, R]; with ``widths``, of exactly these widths."""
         self._mean, self._noise, self._widths = self.mean_embedding(embedding), noise, widths
         self.qk_width = self.vo_width = self._mean.new_tensor(float(len(self.units)))
         self._query_key_mask = self._static_value_mask = None
@@ -113,7 +113,7 @@ class TrainedHeadGate(HeadGate):
         self._query_key_mask = units[self.units]
 
     def _exact_units(self, logits: Tensor, num_dims: int, noise: Tensor | None) -> Tensor:
-        """Units holding exactly ``num_dims`` dims: a width mask where all are pairs, else pairs and singles."""
+        """Mask of units with exactly ``num_dims`` dims: a width mask if all units are pairs, else pairs and singles."""
         if self.shape.rotary_dim == self.shape.head_dim:
             return width_mask(logits, num_dims // 2, noise, self.tau)
         noisy = logits if noise is None else logits + noise
@@ -137,13 +137,13 @@ class TrainedHeadGate(HeadGate):
             mask = sample_mask(logits, self._noise.value, self.tau)
         else:
             mask = width_mask(logits, self._widths.vo_dims[self.layer_idx], self._noise.value, self.tau)
-        # The mean over tokens, as K will be; the released code penalises the maximum.
+        # The mean over tokens, as K is the mean. (The released code penalizes the maximum.)
         self.vo_width = mask.sum(dim=-1).mean()
         return mask
 
 
 class TrainedExpertGate(ExpertGate):
-    """Neuron masks of one MLP: a router, and N masks from the module's embeddings (eq. 3)."""
+    """Neuron masks of one MLP: a router, and N masks from the embeddings of the module (eq. 3)."""
 
     def __init__(self, config, layer_idx: int, settings: MethodSettings):
         super().__init__()
@@ -159,13 +159,13 @@ class TrainedExpertGate(ExpertGate):
         return self.up(F.gelu(self.norm(embedding))) + self.offset
 
     def make_masks(self, embedding: Tensor, noise: LayerNoise, widths: Widths | None) -> None:
-        """Make this step's expert masks. With ``widths``, every expert exactly that wide."""
+        """Compute the expert masks of a step; with ``widths``, of exactly this width."""
         logits = self.logits(embedding)
         if widths is None:
             self.masks = sample_mask(logits, noise.experts, self.tau)
         else:
             self.masks = width_mask(logits, widths.experts[self.layer_idx], noise.experts, self.tau)
-        # What will be exported is free of noise, so that is what width and union are measured on.
+        # The exported masks have no noise: width and union are measured on masks without noise.
         if noise.experts is None:
             self.clean_masks = self.masks
         elif widths is None:
@@ -176,7 +176,7 @@ class TrainedExpertGate(ExpertGate):
         self._router_noise = noise.router
 
     def choose(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
-        """Each token's expert and its soft route (:func:`sample_route`); notes what R_L is computed from."""
+        """Expert and soft route of each token (:func:`sample_route`); also stores the terms of R_L."""
         logits = F.linear(hidden_states.float(), self.router.weight)
         experts, soft = sample_route(logits, self._router_noise, self.tau)
         clean = soft if self._router_noise is None else torch.softmax(logits / self.tau, dim=-1)
@@ -185,7 +185,7 @@ class TrainedExpertGate(ExpertGate):
         return experts, soft
 
     def neuron_mask(self, hidden_states: Tensor) -> Tensor:
-        """The method as it reads: the route times the masks. A step computes the same by :func:`mask_by_expert`."""
+        """Mask by definition: route times masks. A training step computes the same with :func:`mask_by_expert`."""
         experts, soft = self.choose(hidden_states)
         return straight_through(F.one_hot(experts, soft.shape[-1]), soft) @ self.masks
 

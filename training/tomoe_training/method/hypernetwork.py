@@ -1,8 +1,8 @@
 """The hypernetwork (eq. 1): expert embeddings for every module, from fixed random inputs.
 
-A one-layer bidirectional GRU runs over the 2L modules in transformer order (attention 0, MLP 0,
-attention 1, ...), the N experts being its batch, so that embeddings of neighbouring layers depend on
-each other. ``local`` replaces it by free embeddings (the paper's "local emb" ablation).
+A one-layer bidirectional GRU runs over the 2L modules in the order of the model (attention 0, MLP 0,
+attention 1, ...) with the N experts as its batch. Embeddings of neighbouring layers therefore depend on each
+other. ``is_local`` replaces it by free embeddings (the paper's "local emb" ablation).
 """
 
 import torch
@@ -14,7 +14,7 @@ INPUT_SIZE = 32  # appendix A.1: z is N x 32 per module
 class Hypernetwork(nn.Module):
     """Expert embeddings [2L, N, R], float32.
 
-    ``z`` is a fixed buffer, as in the paper; the released code trains it by accident.
+    ``z`` is a fixed buffer, as in the paper. (The released code trains it by accident.)
     """
 
     def __init__(self, *, num_modules: int, num_experts: int, embedding_size: int, is_local: bool = False):

@@ -7,7 +7,7 @@ from torch import Tensor
 from tomoe_vllm.hf.tomoe_math import BlockShape
 
 KD_CHUNK_TOKENS = 128
-"""Tokens whose logits exist at once: 2 x 128 x 49,152 floats are 50 MB. Larger gained nothing on CPU."""
+"""Tokens whose logits exist at once: 2 x 128 x 49,152 floats are 50 MB. Larger chunks are not faster on CPUs."""
 
 
 def f_reg(value: Tensor, target: float) -> Tensor:
@@ -18,7 +18,7 @@ def f_reg(value: Tensor, target: float) -> Tensor:
 def parameter_loss(
     qk_dims: list[Tensor], vo_dims: list[Tensor], mlp_widths: list[Tensor], shape: BlockShape, active_ratio: float
 ) -> tuple[Tensor, Tensor]:
-    """R_P (eq. 8) and the active ratio it sees. Widths are scalars per layer, with gradients."""
+    """R_P (eq. 8) and the active ratio. Widths are scalar tensors per layer, with gradients."""
     active = torch.stack(
         [shape.active_parameters(*dims) for dims in zip(qk_dims, vo_dims, mlp_widths, strict=True)]
     ).sum()
@@ -27,7 +27,7 @@ def parameter_loss(
 
 
 def union_loss(masks: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """R_U (eq. 7, 16) over masks [N, F] per layer, and the mean union they have."""
+    """R_U (eq. 7, 16) over masks [N, F] per layer, and the mean union of the masks."""
     unions = torch.stack([(1 - torch.prod(1 - mask, dim=0)).mean() for mask in masks])
     return f_reg(unions, 1.0).mean(), unions.detach().mean()
 
@@ -35,18 +35,17 @@ def union_loss(masks: list[Tensor]) -> tuple[Tensor, Tensor]:
 def load_balance_loss(fractions: Tensor, probabilities: Tensor) -> Tensor:
     """R_L as ``sum_i F_i P_i``: mean over layers of [L, N] token fractions and mean router probabilities.
 
-    1/N at perfect balance. Eq. 9 has a factor N more, but the published gamma goes with this scale: the
-    paper's own curve lies near 0.15 (docs/method.md).
+    1/N at perfect balance. Eq. 9 has an additional factor N, but the published gamma belongs to this scale: the
+    paper's curve is near 0.15 (docs/method.md).
     """
     return (fractions * probabilities).sum(dim=-1).mean()
 
 
 class _ChunkedKD(torch.autograd.Function):
-    """KL(teacher || student) through the shared lm_head, a few tokens at a time.
+    """KL(teacher || student) through the shared lm_head, in chunks of tokens.
 
-    The gradient to the student's hidden states is formed in the forward pass (as fused linear losses do),
-    so no logits outlive their chunk and none is computed twice. Chunks run over tokens: each needs its
-    whole vocabulary once, where vocabulary chunks would need two passes for the softmax.
+    The gradient of the student's hidden states is computed in the forward pass, as in fused linear losses. Logits
+    are computed once and freed with their chunk. Chunks of the vocabulary would need two passes for the softmax.
     """
 
     @staticmethod

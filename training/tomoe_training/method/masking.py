@@ -1,7 +1,7 @@
-"""Neurons times the mask of each token's expert: the largest thing a training step adds to a dense one.
+"""Product of neurons and the mask of each token's expert: the largest additional cost of a training step.
 
-Written plainly, ``neurons * (routes @ masks)`` is a product over all experts where one row is meant, and keeps
-a [T, F] mask for the backward pass. Here rows are looked up, forward and backward, and only the neurons are kept.
+``neurons * (routes @ masks)`` multiplies by all experts to select one row, and saves a [T, F] mask for the
+backward pass. Here rows are indexed, forward and backward, and only the neurons are saved.
 """
 
 import torch
@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 class _MaskByExpert(torch.autograd.Function):
     @staticmethod
     def forward(ctx, neurons: Tensor, soft_routes: Tensor, masks: Tensor, experts: Tensor):
-        # Zeros and ones are exact in any dtype: in the activations' own this halves the traffic of [T, F].
+        # Zeros and ones are exact in any dtype; bfloat16 halves the memory traffic of [T, F].
         rows = masks.to(neurons.dtype)
         ctx.save_for_backward(neurons, rows, experts)
         ctx.dtypes = soft_routes.dtype, masks.dtype
@@ -37,7 +37,7 @@ class _MaskByExpert(torch.autograd.Function):
 def mask_by_expert(neurons: Tensor, soft_routes: Tensor, masks: Tensor, experts: Tensor) -> Tensor:
     """``neurons * (routes @ masks)`` where routes is the one-hot of ``experts`` with the gradient of ``soft_routes``.
 
-    neurons: [..., F] float32 or bfloat16; soft_routes: [..., N] float32, read for its gradient only; masks: [N, F]
+    neurons: [..., F] float32 or bfloat16; soft_routes: [..., N] float32, used for the gradient only; masks: [N, F]
     float32 of ones and zeros; experts: [...] int64. Returns [..., F] in the neurons' dtype. Not twice differentiable.
     """
     return _MaskByExpert.apply(neurons, soft_routes, masks, experts)

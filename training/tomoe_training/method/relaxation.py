@@ -1,7 +1,7 @@
-"""Gumbel relaxations with straight-through gradients (appendix A.3): the only file with noise.
+"""Gumbel relaxations with straight-through gradients (appendix A.3), and their noise.
 
-The noise of a step is a pure function of (seed, step, sequence): a run needs no random state in its
-checkpoints, and two processes with one sequence each draw what one process with both would draw.
+The noise of a step is a pure function of (seed, step, sequence). Training checkpoints need no random state, and
+two processes with one sequence each draw the same noise as one process with both.
 """
 
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ class _StraightThrough(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hard: Tensor, soft: Tensor) -> Tensor:
-        return torch.sub(soft, soft).add_(hard)  # zero, but for what is not finite: that must reach the loss
+        return torch.sub(soft, soft).add_(hard)  # zero unless not finite: NaN must reach the loss
 
     @staticmethod
     def backward(ctx, *grad_outputs):
@@ -40,23 +40,23 @@ def gumbel(shape: tuple[int, ...], random: np.random.Generator) -> Tensor:
 def sample_mask(logits: Tensor, noise: Tensor | None, tau: float) -> Tensor:
     """ST-GSig, eq. 15: ``round(sigmoid((logits + g + b) / tau))``, a mask of ones and zeros.
 
-    Without noise g is its median, so that the mask is the one :func:`keep_margin` keeps. Any shape.
+    Without noise g is its median, and the mask is where :func:`keep_margin` is positive. Any shape.
     """
     soft = torch.sigmoid((logits + (GUMBEL_MEDIAN if noise is None else noise) + KEEP_BIAS) / tau)
     return straight_through(soft > 0.5, soft)
 
 
 def width_mask(logits: Tensor, width: int, noise: Tensor | None, tau: float) -> Tensor:
-    """Exactly ``width`` ones in the last dimension: what export will keep, with a gradient.
+    """Mask with exactly ``width`` ones in the last dimension, as export keeps them, with a gradient.
 
-    The gradient is that of ``sigmoid((logits - threshold) / tau)`` with the threshold halfway between the
-    last kept and the first dropped logit, held constant.
+    The gradient is that of ``sigmoid((logits - threshold) / tau)`` with a constant threshold, halfway between the
+    last kept and the first dropped logit.
     """
     noisy = logits if noise is None else logits + noise
     size = logits.shape[-1]
-    if width >= size:  # nothing to choose: the gradient is zero (and there, for DDP)
+    if width >= size:  # all ones: the gradient is zero, but DDP needs it to exist
         return straight_through(torch.ones_like(noisy), 0 * noisy)
-    # The smaller side and one more, in order: the last two are the threshold's neighbours.
+    # Search the smaller side plus one entry, sorted: the last two are next to the threshold.
     keeps_most = 2 * width > size
     few = noisy.detach().topk(1 + (size - width if keeps_most else width), dim=-1, largest=not keeps_most)
     hard = torch.full_like(noisy.detach(), float(keeps_most))
@@ -66,9 +66,9 @@ def width_mask(logits: Tensor, width: int, noise: Tensor | None, tau: float) -> 
 
 
 def sample_route(logits: Tensor, noise: Tensor | None, tau: float) -> tuple[Tensor, Tensor]:
-    """ST-GSmax, eq. 14, in its two parts: the expert of each token, [T] int64, and the tempered softmax [T, N].
+    """ST-GSmax, eq. 14: the expert of each token, [T] int64, and the softmax with temperature ``tau``, [T, N].
 
-    The route is the one-hot of the expert with the gradient of the softmax.
+    The route is the one-hot vector of the expert with the gradient of the softmax.
     """
     noisy = logits if noise is None else logits + noise
     return noisy.argmax(dim=-1), torch.softmax(noisy / tau, dim=-1)
@@ -76,7 +76,7 @@ def sample_route(logits: Tensor, noise: Tensor | None, tau: float) -> tuple[Tens
 
 @dataclass(frozen=True, kw_only=True)
 class StepNoise:
-    """Gumbel noise of one step; a None field means no noise there.
+    """Gumbel noise of one step; None means no noise.
 
     experts: [L, N, F], query_key: [L, U] (one draw per step, shared by all tokens and processes);
     router: [L, B, S, N], value: [L, B, S, A] (one draw per token).
@@ -90,7 +90,7 @@ class StepNoise:
 
 @dataclass(frozen=True, kw_only=True)
 class NoiseSource:
-    """Draws a step's noise. ``mask_scale`` and ``router_scale`` multiply it: 1 is the paper, 0 is none."""
+    """Draws the noise of a step, scaled by ``mask_scale`` and ``router_scale``: 1 as in the paper, 0 for none."""
 
     seed: int
     num_layers: int
@@ -103,7 +103,7 @@ class NoiseSource:
 
     @classmethod
     def of(cls, student, seed: int) -> "NoiseSource":
-        """Noise in the shapes and scales of a student."""
+        """Noise with the shapes and scales of a student."""
         shape, settings = student.shape, student.settings
         return cls(
             seed=seed,
@@ -117,7 +117,7 @@ class NoiseSource:
         )
 
     def draw(self, step: int, sequence_ids: list[int], length: int) -> StepNoise:
-        """Noise for the given sequences (their global indices) of ``length`` tokens at ``step``."""
+        """Noise of ``step`` for sequences, given by their global indices, of ``length`` tokens."""
         layers, masks, routes = self.num_layers, self.mask_scale, self.router_scale
         shared = generator(self.seed, Stream.SHARED_NOISE, step)
         per_token = [generator(self.seed, Stream.SEQUENCE_NOISE, step, sequence) for sequence in sequence_ids]

@@ -1,4 +1,4 @@
-"""Teacher and student in one frozen model: gates off, gates on."""
+"""The student: a frozen model with trained gates. With the gates off the same model is the teacher."""
 
 import torch
 import torch.distributed as dist
@@ -20,7 +20,7 @@ from tomoe_training.method.relaxation import StepNoise
 from tomoe_vllm.hf.configuration_tomoe import block_shape, family_of
 
 QUANTILE_DECAY = 0.98
-"""Running mean over about 50 steps: K moves with the logits, not with one batch."""
+"""Running mean over about 50 steps: K follows the logits and not single batches."""
 
 
 class Student(nn.Module):
@@ -52,7 +52,7 @@ class Student(nn.Module):
         self._base = (base,)  # in a tuple, nn.Module does not register it as a submodule
         # Quantiles of each layer's value logits over training tokens and dims, a running mean.
         self.register_buffer("value_quantiles", torch.zeros(num_layers, NUM_QUANTILES))
-        self._seen_quantiles: list[tuple[list[int], Tensor]] = []
+        self._step_quantiles: list[tuple[list[int], Tensor]] = []
         self.widths: Widths | None = None
         self.widths_are_frozen = False
 
@@ -68,7 +68,7 @@ class Student(nn.Module):
             gate.is_on = is_on
 
     def make_masks(self, noise: StepNoise | None = None) -> None:
-        """Make the masks of one step; without noise they are the deterministic ones."""
+        """Compute the masks of one step; without noise they are deterministic."""
         embeddings = self.hypernetwork()
         for i, (head, expert) in enumerate(zip(self.head_gates, self.expert_gates, strict=True)):
             layer = NOISE_FREE if noise is None else _layer_noise(noise, i, embeddings.device)
@@ -76,11 +76,11 @@ class Student(nn.Module):
             expert.make_masks(embeddings[2 * i + 1], layer, self.widths)
 
     def hidden_states(self, input_ids: Tensor) -> Tensor:
-        """Hidden states after the final norm, [B, S, D], of teacher or student as the gates are set."""
+        """Hidden states after the final norm, [B, S, D], of the teacher or the student (:meth:`set_gates`)."""
         return self.base.model(input_ids=input_ids, use_cache=False).last_hidden_state
 
     def forward(self, input_ids: Tensor, noise: StepNoise | None = None) -> dict[str, Tensor]:
-        """The objective of one batch [B, S]: ``loss`` with gradients, and its terms for the log."""
+        """Objective of one batch [B, S]: ``loss`` with gradients, and its terms without."""
         settings = self.settings
         teacher = None
         if settings.objective == "kd":
@@ -121,8 +121,8 @@ class Student(nn.Module):
     def layer_logits(self) -> list[LayerLogits]:
         """Noise-free mask logits of every layer. Value quantiles need :meth:`calibrate` or training first.
 
-        Once the widths are frozen the logits are shifted, each expert's by a constant, so that exactly the
-        trained widths lie above the threshold: ranks are what was trained, levels were free to drift.
+        With frozen widths the logits are shifted, each expert by a constant, so that exactly the trained widths
+        are above the threshold. Training determines the ranks of the logits; their levels may drift.
         """
         embeddings = self.hypernetwork()
         layers = []
@@ -138,9 +138,9 @@ class Student(nn.Module):
 
     @torch.no_grad()
     def calibrate(self, batch: Tensor) -> None:
-        """Measure the value logits on a batch [B, S] of training text: K of the top-K comes from them.
+        """Initialize the quantiles of the value logits from a batch [B, S] of training text.
 
-        Training keeps the measurement up to date by a running mean; this starts it.
+        They determine K of the top-K. Training updates them by a running mean.
         """
         self.set_gates(True)
         self.make_masks()
@@ -149,24 +149,24 @@ class Student(nn.Module):
         self.update_quantiles(decay=0.0)
 
     def _record_quantiles(self) -> None:
-        """Keep what this forward pass saw of the value logits until the step ends."""
+        """Store the quantiles of this forward pass until the step ends."""
         if self.settings.vo_mode == "dynamic":
             rows = [i for i, head in enumerate(self.head_gates) if not head.keeps_value]
             if rows:
-                self._seen_quantiles.append((rows, torch.stack([self.head_gates[i].batch_quantiles for i in rows])))
+                self._step_quantiles.append((rows, torch.stack([self.head_gates[i].batch_quantiles for i in rows])))
 
     @torch.no_grad()
     def update_quantiles(self, decay: float = QUANTILE_DECAY) -> None:
-        """Once per optimiser step: move the running quantiles towards the mean of its forward passes."""
-        if self._seen_quantiles:
-            rows = self._seen_quantiles[0][0]
-            seen = _mean_across_ranks(torch.stack([quantiles for _, quantiles in self._seen_quantiles]).mean(dim=0))
-            self.value_quantiles[rows] = torch.lerp(seen, self.value_quantiles[rows], decay)
-        self._seen_quantiles.clear()
+        """Once per optimizer step: move the running quantiles towards the mean over its forward passes."""
+        if self._step_quantiles:
+            rows = self._step_quantiles[0][0]
+            mean = _mean_across_ranks(torch.stack([quantiles for _, quantiles in self._step_quantiles]).mean(dim=0))
+            self.value_quantiles[rows] = torch.lerp(mean, self.value_quantiles[rows], decay)
+        self._step_quantiles.clear()
 
     @torch.no_grad()
     def update_widths(self) -> Widths:
-        """Set the masks to the widths that export would give them now, and return these."""
+        """Set the widths of the masks to those that export would choose now, and return them."""
         settings = self.settings
         self.widths = solve_widths(
             self.layer_logits(),
@@ -178,7 +178,7 @@ class Student(nn.Module):
         return self.widths
 
     def freeze_widths(self) -> None:
-        """Keep the widths as they are from here on."""
+        """Do not change the widths from now on."""
         assert self.widths is not None
         self.widths_are_frozen = True
         for head in self.head_gates:
@@ -186,7 +186,7 @@ class Student(nn.Module):
 
     @torch.no_grad()
     def layer_adapters(self) -> list[LayerAdapter]:
-        """The trained tensors in the form an adapter stores."""
+        """The trained tensors in the form that an adapter stores."""
         embeddings, layers = self.hypernetwork(), []
         pairs = zip(self.head_gates, self.expert_gates, self.layer_logits(), strict=True)
         for i, (head, expert, logits) in enumerate(pairs):
@@ -200,9 +200,9 @@ class Student(nn.Module):
 
     @torch.no_grad()
     def load_layer_adapters(self, layers: list[LayerAdapter]) -> None:
-        """Start from an adapter: routers are copied, and offsets make up what the hypernetwork lacks.
+        """Initialize from an adapter: copy its routers, and set offsets to the difference of the logits.
 
-        Afterwards the deterministic masks are the adapter's, and training goes on from there.
+        Afterwards the deterministic masks are those of the adapter.
         """
         for i, (head, layer) in enumerate(zip(self.head_gates, layers, strict=True)):
             if self.settings.vo_mode == "dynamic":
@@ -238,5 +238,5 @@ def _mean_across_ranks(value: Tensor) -> Tensor:
 
 
 def _across_ranks(value: Tensor) -> Tensor:
-    """Mean over processes with the local gradient: DDP then averages the gradients to that of the mean."""
+    """Mean over processes with the local gradient, which DDP averages to the gradient of the mean."""
     return value + (_mean_across_ranks(value) - value.detach())

@@ -1,1 +1,1 @@
-"""What training starts from: importances of units by Fisher information, and the routers and masks made of them."""
+"""Warm start: importances of units by Fisher information, and initial routers, masks and widths from them."""

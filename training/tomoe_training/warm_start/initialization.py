@@ -1,56 +1,57 @@
-"""A warm start: routers, masks and widths from what units matter on a little training text.
+"""Initial routers, masks and widths from the importance of units on a little training text.
 
-A cold start collapses: eight experts that begin equal stay copies of one static mask, because the union
-loss is satisfied by their noise (docs/method.md). Here the experts begin as what they should become:
+A cold start collapses: experts that start equal stay copies of one static mask, because their noise satisfies
+the union loss (docs/method.md). The warm start has four steps:
 
-1. importance of every neuron for every token, in nats (training/tomoe_training/warm_start/importance.py);
-2. tokens of each MLP are clustered so that a cluster's own best neurons hold most of its importance, and
-   the router is fitted to predict the cluster from the MLP's input (softmax regression);
-3. widths of all layers: the budget goes where a parameter is worth most (training/tomoe_training/budget.py);
-4. a unit's logit is the rank of its importance to the expert's tokens, turned into a normal score that is
-   above the threshold for as many units as the layer's width.
+1. Compute the importance of every neuron for every token, in nats (importance.py).
+2. Cluster the tokens of each MLP so that the best neurons of a cluster hold most of its importance, and fit the
+   router to predict the cluster from the MLP's input (softmax regression).
+3. Choose the widths of all layers: the budget goes to the units with the most importance per parameter (budget.py).
+4. Set a unit's logit to a normal score of the rank of its importance for the expert's tokens. As many units as
+   the layer's width are above the threshold.
 
-The logits sit in the gates' offsets, where they are held fixed or trained on, and the hypernetwork learns
-what to add.
+The logits are stored in the gates' offsets, which are fixed or trained. The hypernetwork learns corrections.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tomoe_training.budget import LayerWorth, allocate_widths
+from tomoe_training.budget import UnitImportance, allocate_widths
 from tomoe_training.method.student import Student
 from tomoe_training.warm_start.importance import LayerImportance, measure_importance
 from tomoe_vllm.hf.tomoe_math import GUMBEL_MEDIAN, KEEP_BIAS, top_mask
 
 KMEANS_ITERATIONS = 15
 REFINEMENTS = 6
-"""Reassignments of tokens to the expert that would keep most of their importance."""
+"""Iterations that reassign tokens to the expert that keeps most of their importance."""
 ROUTER_ITERATIONS = 150
 ROUTER_TOKENS = 2048
-"""Tokens of one iteration of a router's fit: every token is seen many times, and the fit takes seconds."""
+"""Tokens per iteration of a router's fit: every token is used many times, and the fit takes seconds."""
 LOGIT_SPREAD = 2.0
-"""Standard deviation of the logits of a layer: 5 temperatures, so that few neurons are undecided."""
+"""Standard deviation of the logits of a layer: 5 temperatures, so that few neurons are near the threshold."""
 CLIP = 3.0
-"""No token weighs more than this many times the mean: a few tokens would else decide what an expert keeps."""
+"""Upper bound of a token's weight, relative to the mean. Without it a few tokens determine an expert."""
 
 
 @torch.no_grad()
 def warm_start(student: Student, batches: list[Tensor]) -> None:
-    """Set routers, offsets and (where the budget is exact) widths from ``batches`` of [B, S] tokens."""
+    """Set routers, offsets and, with the exact budget, widths from ``batches`` of [B, S] tokens."""
     shape, settings = student.shape, student.settings
     layers = measure_importance(student, batches)
-    expected = max(0.1, settings.active_ratio - 0.1)  # attention is worth more, so experts come out below p
-    experts, worth = [], []
+    expected = max(
+        0.1, settings.active_ratio - 0.1
+    )  # attention is more important per parameter, so experts get less than p
+    experts, importances = [], []
     for gate, layer in zip(student.expert_gates, layers, strict=True):
         neurons = _clip(layer.neurons.float())
         labels = _cluster(neurons, settings.num_experts, round(expected * shape.intermediate_size))
         router = _fit_router(layer.mlp_in, labels, settings.num_experts)
         gate.router.weight.copy_(router)
         experts.append(_importance_of_experts(neurons, (layer.mlp_in.float() @ router.T).argmax(dim=-1), router))
-        worth.append(_worth(experts[-1], layer))
+        importances.append(_unit_importance(experts[-1], layer))
     widths = allocate_widths(
-        worth,
+        importances,
         shape,
         settings.active_ratio,
         width_multiple=settings.width_multiple,
@@ -80,19 +81,19 @@ def _clip(importance: Tensor) -> Tensor:
 
 
 def _normal_logits(importance: Tensor, keep_ratio: float) -> Tensor:
-    """Ranks as normal scores, ``keep_ratio`` of them above the deterministic threshold."""
+    """Normal scores of the ranks; the fraction ``keep_ratio`` is above the deterministic threshold."""
     size = importance.shape[-1]
     ranks = importance.argsort(dim=-1).argsort(dim=-1).float()
     scores = torch.special.ndtri((ranks + 0.5) / size)
-    keep_ratio = min(keep_ratio, 1 - 0.25 / size)  # all kept, and the logits finite
+    keep_ratio = min(keep_ratio, 1 - 0.25 / size)  # keeps the logits finite if all are kept
     cut = torch.special.ndtri(torch.tensor(1 - keep_ratio))
     return LOGIT_SPREAD * (scores - cut) - (KEEP_BIAS + GUMBEL_MEDIAN)
 
 
 def _importance_of_experts(neurons: Tensor, labels: Tensor, router: Tensor) -> Tensor:
-    """Mean importance over each expert's tokens, weighted by its share of them: [N, F].
+    """Importance of neurons summed over the tokens of each expert, divided by the number of all tokens: [N, F].
 
-    Tokens are those the router sends, not the cluster's. An expert without any is given the layer's mean.
+    The fitted router assigns the tokens. An expert without tokens gets the layer's mean.
     """
     sums = neurons.new_zeros(len(router), neurons.shape[-1]).index_add_(0, labels, neurons)
     is_idle = labels.bincount(minlength=len(router)) == 0
@@ -100,14 +101,15 @@ def _importance_of_experts(neurons: Tensor, labels: Tensor, router: Tensor) -> T
     return sums / len(neurons)
 
 
-def _worth(experts: Tensor, layer: LayerImportance) -> LayerWorth:
-    """What the layer's first, second, ... neuron, pair and dim are worth.
+def _unit_importance(experts: Tensor, layer: LayerImportance) -> UnitImportance:
+    """Importance of the layer's first, second, ... neuron and V/O dim, and of its Q/K units.
 
-    A token's V/O dims are chosen by a router that is fitted, not by an oracle: halfway between both.
+    For V/O dims it is the mean of two bounds: the best dims of each token (an oracle router) and the best static
+    dims.
     """
     oracle = layer.value.sort(dim=-1, descending=True).values.mean(dim=0)
     static = layer.value.mean(dim=0).sort(descending=True).values
-    return LayerWorth(
+    return UnitImportance(
         neurons=experts.sort(dim=-1, descending=True).values.sum(dim=0),
         query_key=layer.query_key,
         value=(oracle + static) / 2,
@@ -115,10 +117,11 @@ def _worth(experts: Tensor, layer: LayerImportance) -> LayerWorth:
 
 
 def _cluster(neurons: Tensor, num_clusters: int, width: int) -> Tensor:
-    """Tokens to clusters of near-equal size: importance [T, F] -> labels [T].
+    """Cluster tokens into clusters of nearly equal size: importance [T, F] -> labels [T].
 
-    Spherical k-means begins; then every token goes to the cluster whose ``width`` best neurons hold most
-    of its importance (Lloyd's iteration on what a mask retains). Tokens weigh by the root of their importance.
+    Spherical k-means first. Then each token is assigned to the cluster whose ``width`` best neurons hold most of its
+    importance (Lloyd's iteration on the importance that a mask retains). A token's weight is the square root of its
+    importance.
     """
     capacity = -(-len(neurons) // num_clusters) * 5 // 4
     points = F.normalize(neurons.sqrt().sqrt(), dim=-1)
@@ -137,7 +140,7 @@ def _cluster(neurons: Tensor, num_clusters: int, width: int) -> Tensor:
 
 
 def _assign(scores: Tensor, capacity: int) -> Tensor:
-    """Best cluster of each token, full clusters passing their weakest tokens on. [T, N] -> [T]."""
+    """Best cluster of each token; full clusters reject their weakest tokens. [T, N] -> [T]."""
     scores = scores.clone()
     labels = scores.argmax(dim=-1)
     for _ in range(scores.shape[-1]):
@@ -154,35 +157,35 @@ def _fit_router(inputs: Tensor, labels: Tensor, num_experts: int) -> Tensor:
     """Softmax regression without bias from MLP inputs [T, D] to clusters: router weight [N, D]."""
     with torch.enable_grad():
         weight = torch.zeros(num_experts, inputs.shape[-1], requires_grad=True)
-        optimiser = torch.optim.AdamW([weight], lr=0.02, weight_decay=0.05)
+        optimizer = torch.optim.AdamW([weight], lr=0.02, weight_decay=0.05)
         for step in range(ROUTER_ITERATIONS):
             rows = _rows(len(inputs), step)
             loss = F.cross_entropy(inputs[rows].float() @ weight.T, labels[rows])
-            optimiser.zero_grad()
+            optimizer.zero_grad()
             loss.backward()
-            optimiser.step()
+            optimizer.step()
     return weight.detach()
 
 
 def _rows(num_tokens: int, step: int) -> Tensor:
-    """Every n-th token from ``step`` on, about :data:`ROUTER_TOKENS` of them."""
+    """Indices of every n-th token with an offset of ``step``, about :data:`ROUTER_TOKENS`."""
     stride = max(1, num_tokens // ROUTER_TOKENS)
     return torch.arange(step % stride, num_tokens, stride)
 
 
 def _fit_value_router(head, inputs: Tensor, importance: Tensor, keep_ratio: float) -> None:
-    """Fit the value router halfway between each token's own ranking of its V/O dims and the mean ranking."""
+    """Fit the value router to the mean of each token's own ranking of V/O dims and the average ranking."""
     mean_logits = _normal_logits(importance.mean(dim=0), keep_ratio)
     target = 0.5 * _normal_logits(importance, keep_ratio) + 0.5 * mean_logits
     with torch.enable_grad():
         parameters = [head.value_down.weight, head.value_up.weight, head.norm.weight, head.norm.bias]
-        optimiser = torch.optim.AdamW(parameters, lr=3e-3, weight_decay=0.0)
+        optimizer = torch.optim.AdamW(parameters, lr=3e-3, weight_decay=0.0)
         for step in range(ROUTER_ITERATIONS):
             rows = _rows(len(inputs), step)
             hidden = F.gelu(head.norm(head.value_down(inputs[rows].float())))
             loss = F.mse_loss(head.value_up(hidden), target[rows])
-            optimiser.zero_grad()
+            optimizer.zero_grad()
             loss.backward()
-            optimiser.step()
+            optimizer.step()
     for parameter in parameters:
         parameter.grad = None

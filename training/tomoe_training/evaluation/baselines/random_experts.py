@@ -93,7 +93,7 @@ def split_at_random(setup: BaselineSetup) -> MethodGates:
 
 
 def train_routers(setup: BaselineSetup, gates: MethodGates) -> None:
-    """Train the routers by distillation from the dense model: ToMoE's batches, optimiser, schedule and dtype.
+    """Train the routers by distillation from the dense model: ToMoE's batches, optimizer, schedule and dtype.
 
     A separate loop on one process: trainer.py is specific to a student's masks and adapters. The state is saved
     to ``setup.work`` every ``checkpoint_every`` steps and at the end; a killed comparison resumes from it.
