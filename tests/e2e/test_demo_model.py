@@ -1,4 +1,4 @@
-"""The real model through the real commands: SmolLM2-135M, the shipped adapter, export, both backends."""
+"""SmolLM2-135M with the shipped adapter through the real commands: export, and both backends."""
 
 from pathlib import Path
 

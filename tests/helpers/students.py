@@ -66,7 +66,7 @@ def save_untrained_adapter(out: Path, base: Path, **fields) -> Student:
 
 @torch.no_grad()
 def gated_logits(student: Student, input_ids: torch.Tensor) -> torch.Tensor:
-    """Logits of the student as it would be exported: widths settled, no noise, gates on."""
+    """Logits of the student as it would be exported: exact widths, no noise, gates on."""
     student.update_widths()
     student.set_gates(True)
     student.make_masks()

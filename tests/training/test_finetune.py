@@ -157,7 +157,7 @@ def test_tolerance_catches_gates_left_on_the_inner_linears(checkpoint, settings)
 
 # ---------------------------------------------------------------------------------------------- output
 @pytest.mark.parametrize("method", ["lora", "full"])
-def test_loss_falls_and_gates_stay_byte_for_byte(method, checkpoint, settings, tmp_path):
+def test_loss_falls_and_gates_stay_byte_identical(method, checkpoint, settings, tmp_path):
     source, out = checkpoint(), tmp_path / "out"
     facts = finetune(source, settings(method=method, steps=100, learning_rate=2e-2), out)
     assert facts["final_loss"] < facts["first_loss"] - 0.3
@@ -172,7 +172,7 @@ def test_loss_falls_and_gates_stay_byte_for_byte(method, checkpoint, settings, t
     assert changed == (linears if method == "lora" else linears | norms | {"embed_tokens"})
 
 
-def test_files_say_that_weights_were_fine_tuned(checkpoint, settings, dense_folder, tmp_path):
+def test_files_record_the_fine_tuning(checkpoint, settings, dense_folder, tmp_path):
     source, out = checkpoint(), tmp_path / "out"
     facts = finetune(source, settings(), out)
     (run,) = json.loads((out / "tomoe_provenance.json").read_text())["finetuning"]
@@ -200,7 +200,7 @@ def test_same_seed_gives_the_same_bytes(checkpoint, settings, tmp_path):
     assert hashes[0] == hashes[1] != hashes[2]
 
 
-def test_stored_dtype_is_kept_and_source_left_alone(checkpoint, settings, tmp_path):
+def test_stored_dtype_is_kept_and_source_unchanged(checkpoint, settings, tmp_path):
     source = checkpoint()
     half = {name: t.bfloat16() for name, t in load_file(source / "model-dense.safetensors").items()}
     save_file(half, source / "model-dense.safetensors", metadata={"format": "pt"})
@@ -227,7 +227,7 @@ def test_linears_of_a_family_leave_out_the_gates(checkpoint):
 
 @pytest.mark.engine
 @pytest.mark.slow
-def test_vllm_serves_what_was_fine_tuned(dense_folder, settings, text_file, tmp_path):
+def test_vllm_serves_the_fine_tuned_checkpoint(dense_folder, settings, text_file, tmp_path):
     base = dense_folder(hidden_size=128)  # head_dim 32: what vLLM's CPU attention takes
     save_untrained_adapter(tmp_path / "adapter", base)
     export_checkpoint(base, tmp_path / "adapter", tmp_path / "checkpoint", **TINY)
@@ -267,7 +267,7 @@ def test_command_ends_with_one_json_line(run_cli, checkpoint, text_file, tmp_pat
         ({"--data": "/nowhere.txt"}, "no such data file: /nowhere.txt"),
     ],
 )
-def test_bad_option_is_one_line_and_leaves_nothing(options, message, run_cli, checkpoint, text_file, tmp_path):
+def test_bad_option_is_one_line_without_output(options, message, run_cli, checkpoint, text_file, tmp_path):
     defaults = {"--model": checkpoint(), "--data": text_file, "--out": tmp_path / "out", "--steps": 1}
     code, out, err = run_cli("finetune", *(part for pair in (defaults | options).items() for part in pair))
     assert (code, out, err.count("\n")) == (2, "", 1)
@@ -292,7 +292,7 @@ def test_dense_model_adapter_and_foreign_folder_are_refused(
     assert (tmp_path / "full" / "file").read_text() == "mine"
 
 
-def test_loss_that_is_not_finite_stops_and_leaves_nothing(checkpoint, settings, tmp_path):
+def test_non_finite_loss_stops_without_output(checkpoint, settings, tmp_path):
     with pytest.raises(FloatingPointError, match=r"the loss is (nan|inf) at step [2-6]; lower --learning-rate"):
         finetune(checkpoint(), settings(method="full", learning_rate=1e30), tmp_path / "out")
     assert not list(tmp_path.glob("out*"))

@@ -1,4 +1,4 @@
-"""Runs that are killed, resumed, or shared by processes."""
+"""Runs that are killed and resumed, and runs on several processes."""
 
 import signal
 import time

@@ -1,4 +1,4 @@
-"""Progress goes to standard error, and to no log file in floods."""
+"""The progress line, on standard error."""
 
 from tomoe_training.progress import TrainProgress
 
@@ -12,7 +12,7 @@ def _run(steps, capsys, is_on=True):
     return capsys.readouterr()
 
 
-def test_long_run_leaves_about_twenty_lines(capsys):
+def test_long_run_prints_about_twenty_lines(capsys):
     captured = _run(1000, capsys)
     assert captured.out == ""
     lines = captured.err.strip().splitlines()
@@ -21,5 +21,5 @@ def test_long_run_leaves_about_twenty_lines(capsys):
     assert "active 0.500, union 0.90; 123 tokens/s" in lines[-1]
 
 
-def test_other_ranks_are_silent(capsys):
+def test_other_ranks_print_nothing(capsys):
     assert _run(10, capsys, is_on=False).err == ""

@@ -1,4 +1,4 @@
-"""What the trainer refuses, in one clear line, and that nothing is lost by it."""
+"""Runs that the trainer refuses: one line, and existing files are kept."""
 
 import pytest
 import torch
@@ -46,7 +46,7 @@ def test_folder_of_something_else_is_refused(config, tmp_path):
 
 
 @pytest.mark.parametrize("cause", ["learning_rate", "weight"])
-def test_loss_that_is_not_finite_stops_with_the_step_and_the_terms(cause, config, tmp_path):
+def test_non_finite_loss_error_has_the_step_and_the_terms(cause, config, tmp_path):
     fields = {"learning_rate": 1e30} if cause == "learning_rate" else {}
     if cause == "weight":
         folder = tmp_path / "base"

@@ -1,4 +1,4 @@
-"""Facts as a table for people."""
+"""Tables on standard error."""
 
 from tomoe_training.tables import print_facts, print_table
 

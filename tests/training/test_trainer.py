@@ -1,4 +1,4 @@
-"""The training loop on a tiny model: it learns, and each switch does what it says."""
+"""The training loop on a tiny model: the loss falls, and every setting has an effect."""
 
 import json
 
@@ -43,7 +43,7 @@ def test_training_reduces_the_loss_and_ends_in_an_exportable_adapter(config, den
     assert inspect(tmp_path / "model")["active_ratio"] == pytest.approx(summary["active_ratio"])
 
 
-def test_metrics_say_what_was_paid_and_never_exceed_the_budget(config, tmp_path):
+def test_metrics_have_all_terms_and_stay_within_the_budget(config, tmp_path):
     train(config(), tmp_path / "out")
     rows = metrics(tmp_path / "out")
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
@@ -126,7 +126,7 @@ def test_every_switch_changes_what_is_trained(change, config, plain_run, tmp_pat
     assert same_shapes != mine.keys() or any(not torch.allclose(mine[n], theirs[n], rtol=1e-5) for n in same_shapes)
 
 
-def test_penalty_weighs_only_where_the_budget_is_a_penalty(config, tmp_path):
+def test_alpha_has_an_effect_only_with_the_penalty(config, tmp_path):
     fields = {"steps": 2, "warm_start_tokens": 0}
     for budget in ("exact", "penalty"):
         for alpha in (16.0, 1.0):
@@ -168,7 +168,7 @@ def test_run_starts_from_the_masks_of_an_adapter(config, adapter_folder, tmp_pat
         assert torch.allclose(mine.value_bias, theirs.value_bias, atol=1e-5)
 
 
-def test_text_of_the_model_itself_is_kept_for_the_resume(config, tmp_path):
+def test_sampled_text_is_stored_for_resuming(config, tmp_path):
     train(config(data=["self"], self_tokens=2000, steps=2), tmp_path / "out")
     texts = [json.loads(line)["text"] for line in (tmp_path / "out" / "run" / "self.jsonl").read_text().splitlines()]
     assert sum(len(text.split()) for text in texts) > 1000
@@ -190,7 +190,7 @@ def test_tensorboard_files_are_written(config, tmp_path):
     assert list((tmp_path / "out" / "run" / "tensorboard").glob("events.*"))
 
 
-def test_widths_of_the_start_are_those_of_the_export_unless_settled_anew(config, tmp_path):
+def test_initial_widths_are_exported_unless_updated(config, tmp_path):
     def widths(name, **fields):
         run = config(learning_rate=0.05, **fields)
         train(run, tmp_path / name)
@@ -201,4 +201,4 @@ def test_widths_of_the_start_are_those_of_the_export_unless_settled_anew(config,
 
     start = widths("one-step", steps=1, widths_every=0)
     assert widths("frozen", steps=12, widths_every=0) == start
-    assert widths("settled", steps=12, widths_every=2) != start
+    assert widths("updated", steps=12, widths_every=2) != start

@@ -1,4 +1,4 @@
-"""The config: where each family's numbers come from, and what it refuses."""
+"""The checkpoint config: shapes of the families, and refused values."""
 
 import pytest
 from transformers import GPT2Config, PhiConfig, Qwen2Config
@@ -43,7 +43,7 @@ def test_odd_dims_are_allowed_where_some_dims_are_single():
     assert tiny_config("phi", qk_head_dims=[15, 32, 24]).qk_head_dims[0] == 15
 
 
-def test_unsupported_family_lists_the_supported():
+def test_unsupported_family_error_lists_the_supported():
     with pytest.raises(ValueError, match="'gpt2' is not a supported family; supported: llama, mistral, phi, qwen2"):
         base_model_type(GPT2Config())
 
@@ -55,7 +55,7 @@ def test_unsupported_family_lists_the_supported():
         (Qwen2Config(use_sliding_window=True), "sliding-window"),
     ],
 )
-def test_variants_that_would_be_wrong_in_silence_are_refused(config, message):
+def test_unsupported_variants_are_refused(config, message):
     with pytest.raises(ValueError, match=message):
         base_model_type(config)
 

@@ -184,7 +184,7 @@ def test_tolerance_catches_one_wrong_neuron_one_wrong_dim_and_one_misrouted_toke
 
 # ----------------------------------------------------------------------------------- the gates
 @pytest.mark.parametrize("vo_mode", VO_MODES)
-def test_gates_off_is_the_dense_model_bit_for_bit(family, vo_mode):
+def test_gates_off_is_bit_identical_to_the_dense_model(family, vo_mode):
     model = tiny_model(family, vo_mode=vo_mode)
     fields = model.config.to_dict()
     for key in ("model_type", "architectures", "dtype"):
@@ -274,7 +274,7 @@ def test_routers_stay_float32_in_a_bfloat16_model(tmp_path):
     assert torch.isfinite(_logits(model.eval(), _tokens())).all()
 
 
-def test_checkpoint_without_a_gate_is_an_error_that_names_it(tmp_path):
+def test_missing_gate_error_names_the_tensor(tmp_path):
     from safetensors.torch import load_file, save_file
 
     from tests.helpers.tiny_models import save_tiny_model
@@ -285,3 +285,11 @@ def test_checkpoint_without_a_gate_is_an_error_that_names_it(tmp_path):
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ValueError, match=r"lacks the tensor model\.layers\.1\.mlp\.expert_gate\.signature"):
         type(model).from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("family", MODEL_CLASSES)
+def test_generic_backend_of_an_engine_is_refused_in_one_line(family):
+    """vLLM calls this hook before it runs an unknown architecture with its transformers backend."""
+    with pytest.raises(ImportError, match=r"this vLLM has no ToMoE plugin\. Install tomoe-vllm from") as raised:
+        MODEL_CLASSES[family].is_backend_compatible()
+    assert "\n" not in str(raised.value)

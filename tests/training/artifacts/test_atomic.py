@@ -9,7 +9,7 @@ from tomoe_training.artifacts.atomic import atomic_folder, link_or_copy, write_j
 from tests.helpers.processes import start_python
 
 
-def test_folder_appears_only_when_the_block_is_over(tmp_path):
+def test_folder_appears_when_the_block_succeeds(tmp_path):
     out = tmp_path / "deep" / "out"
     with atomic_folder(out) as folder:
         (folder / "a").write_text("1")
@@ -22,7 +22,7 @@ def test_folder_appears_only_when_the_block_is_over(tmp_path):
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit])
-def test_nothing_is_left_when_the_block_fails(tmp_path, error):
+def test_failed_block_leaves_no_folder(tmp_path, error):
     def write():
         with atomic_folder(tmp_path / "out") as folder:
             (folder / "a").write_text("1")
@@ -61,7 +61,7 @@ with atomic_folder(pathlib.Path({str(tmp_path / "out")!r})) as folder:
     assert {p.name for p in tmp_path.iterdir()} == {"out", written}
 
 
-def test_empty_folder_is_used_and_a_full_one_refused(tmp_path):
+def test_empty_folder_is_used_and_a_non_empty_one_refused(tmp_path):
     (tmp_path / "out").mkdir()
     with atomic_folder(tmp_path / "out") as folder:
         (folder / "a").write_text("1")
@@ -73,7 +73,7 @@ def test_empty_folder_is_used_and_a_full_one_refused(tmp_path):
         pass
 
 
-def test_json_is_replaced_whole(tmp_path):
+def test_json_is_replaced_atomically(tmp_path):
     file = tmp_path / "a.json"
     file.write_text("old")
     with pytest.raises(TypeError):
@@ -84,7 +84,7 @@ def test_json_is_replaced_whole(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
 
 
-def test_links_go_to_the_file_itself_and_copies_where_links_cannot(tmp_path, monkeypatch):
+def test_links_resolve_symlinks_and_fall_back_to_copies(tmp_path, monkeypatch):
     (tmp_path / "a").write_text("1")
     (tmp_path / "link").symlink_to(tmp_path / "a")  # as in the hub's cache
     link_or_copy(tmp_path / "link", tmp_path / "b")

@@ -1,4 +1,4 @@
-"""From adapter to checkpoint: the dense bytes untouched, and the student's very numbers.
+"""Export: dense bytes are unchanged, and the checkpoint gives the student's outputs.
 
 What the trained gates compute and what the exported files compute are two paths; they meet here.
 """
@@ -96,7 +96,7 @@ def test_index_lists_every_tensor_once(exported):
     )
 
 
-def test_checkpoint_says_what_it_is(exported, dense_folder, adapter_folder):
+def test_checkpoint_describes_itself(exported, dense_folder, adapter_folder):
     config = json.loads((exported / "config.json").read_text())
     dense = json.loads((dense_folder() / "config.json").read_text())
     assert config["architectures"] == ["ToMoELlamaForCausalLM"]
@@ -110,7 +110,7 @@ def test_checkpoint_says_what_it_is(exported, dense_folder, adapter_folder):
     assert hash_ in (exported / "README.md").read_text()
 
 
-def test_every_expert_of_a_layer_is_exactly_as_wide_as_the_config_says(exported):
+def test_every_expert_has_exactly_the_width_of_the_config(exported):
     config = json.loads((exported / "config.json").read_text())
     tensors = load_file(exported / TOMOE_SHARD)
     for i in range(2):
@@ -131,7 +131,7 @@ def test_one_adapter_exports_at_other_budgets(p, dense_folder, adapter_folder, t
 
 
 @pytest.mark.process
-def test_checkpoint_loads_and_generates_where_the_package_is_not_installed(dense_folder, tmp_path):
+def test_checkpoint_loads_without_this_package(dense_folder, tmp_path):
     for family in FAMILIES:
         student = save_untrained_adapter(tmp_path / f"{family}-adapter", dense_folder(family))
         export_checkpoint(dense_folder(family), tmp_path / f"{family}-adapter", tmp_path / family, **TINY)
@@ -167,7 +167,7 @@ print("fine")
 
 
 @pytest.mark.process
-def test_interrupted_export_leaves_nothing(dense_folder, adapter_folder, tmp_path):
+def test_interrupted_export_leaves_no_output(dense_folder, adapter_folder, tmp_path):
     code = """
 import time, tomoe_training.artifacts.export
 def slow(*args, **kwargs):

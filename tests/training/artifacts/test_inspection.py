@@ -1,4 +1,4 @@
-"""What ``tomoe inspect`` counts, against a count over the tensors themselves."""
+"""Counts of ``tomoe inspect`` against counts over the tensors."""
 
 import pytest
 import torch
@@ -93,7 +93,7 @@ def test_kv_bytes_are_those_of_the_cache_vllm_would_allocate(checkpoint):
     }
 
 
-def test_active_parameters_are_what_slicing_would_leave(checkpoint):
+def test_active_parameters_are_those_after_slicing(checkpoint):
     facts, gates = inspect(checkpoint), load_file(checkpoint / TOMOE_SHARD)
     active = 0
     for name, tensor in _matrices(checkpoint).items():
@@ -134,7 +134,7 @@ def test_adapter_facts(adapter_folder):
     ["model.layers.1.mlp.up_proj.weight", "model.norm.weight", "model.layers.0.mlp.expert_gate.router.weight"],
 )
 @pytest.mark.parametrize("damage", ["missing", "another shape"])
-def test_checkpoint_that_is_not_whole_is_refused(name, damage, dense_folder, adapter_folder, tmp_path):
+def test_incomplete_checkpoint_is_refused(name, damage, dense_folder, adapter_folder, tmp_path):
     out = tmp_path / "out"
     export_checkpoint(dense_folder(), adapter_folder(), out, width_multiple=8, head_dim_multiple=4)
     file = out / (TOMOE_SHARD if "_gate" in name else "model-dense.safetensors")

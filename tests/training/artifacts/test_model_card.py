@@ -1,4 +1,4 @@
-"""The card of a checkpoint states what it is made of."""
+"""Model cards: facts of the conversion, perplexities, fine-tuning."""
 
 import json
 
@@ -61,7 +61,7 @@ def test_measured_perplexities_are_kept_in_the_card(dense_folder, adapter_folder
     assert sorted(rows) == [f"| text.txt | 2 x {b} | float32, hf | {ppl[b]:.2f} |" for b in (32, 64)]
 
 
-def test_card_of_another_model_is_left_alone(dense_folder, text_file, run_cli):
+def test_card_of_another_model_is_not_changed(dense_folder, text_file, run_cli):
     options = ("--text", text_file, "--block-size", 32, "--max-blocks", 1, "--record")
     code, _, err = run_cli("eval", "ppl", "--model", dense_folder(), *options)
     assert (code, err.count("\n")) == (2, 1)

@@ -1,4 +1,4 @@
-"""``tomoe eval compare``: one table of all methods, ToMoE's row that of its export, and errors before any work."""
+"""``tomoe eval compare``: one table of all methods, and errors before any computation."""
 
 import json
 import math
@@ -110,7 +110,7 @@ def test_baselines_train_with_the_settings_of_the_adapter(adapter_folder, dense_
     assert comparison_config(tmp_path / "run.yaml", tmp_path / "adapter", {}, []).batch_size == 2
 
 
-def test_what_was_trained_is_kept_and_not_trained_again(config, text_file, tmp_path, monkeypatch):
+def test_trained_adapters_in_the_work_folder_are_reused(config, text_file, tmp_path, monkeypatch):
     run = config()
     first = compare(run, text_file, methods=["static_mask"], work=tmp_path / "work", **BLOCKS)
     assert (tmp_path / "work" / "static_mask" / "adapter.safetensors").is_file()
@@ -119,7 +119,7 @@ def test_what_was_trained_is_kept_and_not_trained_again(config, text_file, tmp_p
     assert again["rows"][1] == first["rows"][1]
 
 
-def test_budget_below_the_attention_is_a_row_that_says_so(config, dense_folder, text_file, capfd):
+def test_budget_below_the_attention_gives_a_row_with_the_reason(config, dense_folder, text_file, capfd):
     run = config(base=str(dense_folder("phi")), active_ratio=0.6)
     rows = compare(run, text_file, methods=["magnitude", "cmoe"], **BLOCKS)["rows"]
     assert rows[1]["ppl"] is not None
@@ -128,7 +128,7 @@ def test_budget_below_the_attention_is_a_row_that_says_so(config, dense_folder, 
     assert "attention alone" in capfd.readouterr().err
 
 
-def test_a_method_has_the_same_figure_alone_and_after_others(config, text_file):
+def test_result_of_a_method_does_not_depend_on_the_others(config, text_file):
     alone = compare(config(), text_file, methods=["cmoe", "random_experts"], **BLOCKS)["rows"]
     after = compare(config(), text_file, methods=["magnitude", "cmoe", "random_experts"], **BLOCKS)["rows"]
     assert [row["ppl"] for row in alone[-2:]] == [row["ppl"] for row in after[-2:]]
@@ -177,7 +177,7 @@ def test_adapter_of_another_model_is_one_line(run_cli, arguments, adapter_folder
     assert "the adapter was trained on llama" in err.splitlines()[-1]
 
 
-def test_existing_table_is_kept(run_cli, arguments, tmp_path):
+def test_existing_output_file_is_not_overwritten(run_cli, arguments, tmp_path):
     (tmp_path / "table.json").write_text("mine")
     code, _, err = run_cli(*arguments("--out", tmp_path / "table.json"))
     assert code == 2

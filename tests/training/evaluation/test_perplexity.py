@@ -44,7 +44,7 @@ def test_converted_model_is_measured_with_its_gates_on(dense_folder, adapter_fol
     assert abs(converted / dense - 1) > 0.02
 
 
-def test_zero_blocks_means_all_of_them():
+def test_max_blocks_0_means_all_blocks():
     assert len(text_blocks(word_tokenizer(), "w0 " * 99, 10, 0)) == 10
 
 

@@ -49,7 +49,7 @@ def _accuracy_by_loop(folder: Path) -> tuple[float, float]:
     return hits / len(ROWS), hits_norm / len(ROWS)
 
 
-def test_converted_and_dense_score_what_a_loop_scores(converted, dense_folder):
+def test_scores_equal_a_written_out_loop(converted, dense_folder):
     for folder in (dense_folder(), converted):
         facts = evaluate_tasks(folder, ["next_word"], task_folder=TASKS)
         score = facts["tasks"]["next_word"]
@@ -60,7 +60,7 @@ def test_converted_and_dense_score_what_a_loop_scores(converted, dense_folder):
         assert facts["mean"] == score["acc_norm"]
 
 
-def test_every_row_agrees_with_the_loop_not_the_mean_alone(dense_folder, tmp_path):
+def test_every_row_equals_the_written_out_loop(dense_folder, tmp_path):
     # Were a mean right by luck, some single row would not be.
     shutil.copy(TASKS / "next_word_train.jsonl", tmp_path)
     shutil.copy(TASKS / "next_word.yaml", tmp_path)
@@ -90,7 +90,7 @@ def test_command_prints_a_table_and_one_json_line(run_cli, dense_folder):
 @pytest.mark.engine
 @pytest.mark.slow
 @pytest.mark.parametrize("is_converted", [False, True], ids=["dense", "converted"])
-def test_vllm_backend_scores_what_a_loop_scores(is_converted, dense_folder, tmp_path):
+def test_vllm_backend_equals_a_written_out_loop(is_converted, dense_folder, tmp_path):
     folder = dense_folder(hidden_size=128)  # head_dim 32: what vLLM's CPU attention takes
     if is_converted:
         save_untrained_adapter(tmp_path / "adapter", folder)
@@ -105,7 +105,7 @@ def test_vllm_backend_scores_what_a_loop_scores(is_converted, dense_folder, tmp_
 
 
 # --------------------------------------------------------------------------------------------- presets
-def test_presets_carry_the_papers_shots():
+def test_presets_have_the_shots_of_the_paper():
     shots = expand_presets(["few-shot"])
     assert (shots["boolq"], shots["arc_challenge"], shots["hellaswag"], shots["mmlu"]) == (32, 25, 10, 5)
     assert expand_presets(["zero-shot", "gsm8k"]) == dict.fromkeys(PRESETS["zero-shot"], 0) | {"gsm8k": None}
@@ -144,7 +144,7 @@ def test_misuse_is_an_error(options, message, dense_folder):
         evaluate_tasks(dense_folder(), names, **options)
 
 
-def test_unknown_task_names_the_nearest(run_cli, dense_folder, monkeypatch):
+def test_unknown_task_error_lists_similar_names(run_cli, dense_folder, monkeypatch):
     real = lm_eval.tasks.TaskManager
     # Reading lm-eval's own 15,000 names takes ten seconds; the slow test below does.
     monkeypatch.setattr(lm_eval.tasks, "TaskManager", lambda **options: real(**options | {"include_defaults": False}))
@@ -156,14 +156,14 @@ def test_unknown_task_names_the_nearest(run_cli, dense_folder, monkeypatch):
 
 
 @pytest.mark.slow
-def test_presets_are_tasks_lm_eval_has(dense_folder):
+def test_tasks_of_presets_exist_in_lm_eval(dense_folder):
     with pytest.raises(ValueError, match="unknown task 'helaswag'; did you mean hellaswag or "):
         evaluate_tasks(dense_folder(), ["helaswag"])
     known = lm_eval.tasks.TaskManager().task_index
     assert [task for preset in PRESETS.values() for task in preset if task not in known] == []
 
 
-def test_hub_out_of_reach_is_one_line(run_cli, dense_folder, tmp_path):
+def test_unreachable_hub_is_one_line(run_cli, dense_folder, tmp_path):
     (tmp_path / "far.yaml").write_text(
         (TASKS / "next_word.yaml").read_text().replace("task: next_word", "task: far").replace(": json", ": no/where")
     )
@@ -183,7 +183,7 @@ def test_missing_local_rows_are_one_line(run_cli, dense_folder, tmp_path):
     assert err.count("\n") == 1
 
 
-def test_without_lm_eval_the_extra_is_named(run_cli, dense_folder, monkeypatch):
+def test_missing_lm_eval_error_names_the_extra(run_cli, dense_folder, monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)
     code, _, err = run_cli("eval", "tasks", "--model", dense_folder(), "--tasks", "piqa")
@@ -192,7 +192,7 @@ def test_without_lm_eval_the_extra_is_named(run_cli, dense_folder, monkeypatch):
     assert err.count("\n") == 1
 
 
-def test_table_leaves_out_what_is_no_score():
+def test_table_has_scores_only():
     scores = {
         "a": {"num_fewshot": 0, "num_samples": 3, "acc": 0.5, "acc_stderr": 0.25, "alias": None},
         "g": {"num_fewshot": 5, "num_samples": 2, "exact_match,strict": 1.0, "exact_match_stderr,strict": None},

@@ -1,4 +1,4 @@
-"""Training's gates one by one: what a step's masks are made of, and the quantiles that K comes from."""
+"""Gates for training: the masks of a step, and the quantiles of the value logits."""
 
 import pytest
 import torch
@@ -58,7 +58,7 @@ def test_quantiles_of_a_single_token():
 
 @pytest.mark.parametrize("family", ["llama", "phi"])
 @pytest.mark.parametrize("has_noise", [False, True])
-def test_settled_query_key_mask_has_exactly_the_width_in_whole_pairs(family, has_noise):
+def test_query_key_mask_of_fixed_width_consists_of_rope_pairs(family, has_noise):
     gate = _head_gate(family)
     embedding = torch.randn(4, 16)
     noise = LayerNoise(query_key=torch.randn(gate.shape.num_units)) if has_noise else NOISE_FREE
@@ -115,7 +115,7 @@ def test_each_token_gets_the_mask_of_its_argmax_expert():
     assert gate.probabilities.sum().item() == pytest.approx(1, abs=1e-6)
 
 
-def test_every_expert_is_exactly_as_wide_as_settled():
+def test_every_expert_has_exactly_the_fixed_width():
     gate = _expert_gate()
     gate.make_masks(torch.randn(4, 16), NOISE_FREE, _widths(experts=40))
     assert gate.masks.sum(-1).tolist() == [40.0] * 4
@@ -132,7 +132,7 @@ def test_union_is_measured_without_noise():
 
 
 @pytest.mark.parametrize("router_noise", [None, torch.randn(2, 5, 4, generator=torch.Generator().manual_seed(8))])
-def test_step_masks_neurons_as_the_method_reads(router_noise):
+def test_step_masks_neurons_by_the_definition(router_noise):
     """``neuron_mask`` is the definition; what a step does in its place has its value and its gradients."""
     gate, hidden, neurons = _expert_gate(), torch.randn(2, 5, 64), torch.randn(2, 5, 96, requires_grad=True)
     embedding, trained = torch.randn(4, 16), [neurons, *gate.parameters()]
@@ -159,7 +159,7 @@ def test_experts_that_keep_every_neuron_mask_nothing():
     assert gate.fractions.sum().item() == pytest.approx(1)
 
 
-def test_union_of_settled_widths_is_measured_at_these_widths():
+def test_union_is_measured_at_the_fixed_widths():
     gate = _expert_gate()
     gate.make_masks(torch.randn(4, 16), LayerNoise(experts=5 * torch.randn(4, 96)), _widths(experts=40))
     assert gate.clean_masks.sum(-1).tolist() == [40.0] * 4

@@ -46,7 +46,7 @@ def test_parameter_loss_and_its_gradient_by_hand():
     assert [t.grad.item() for t in tensors[2]] == pytest.approx([30 / 2130] * 2)
 
 
-def test_parameter_loss_pushes_up_below_the_budget():
+def test_parameter_loss_increases_widths_below_the_budget():
     width = torch.tensor(5.0, requires_grad=True)
     loss, _ = parameter_loss([torch.tensor(2.0)], [torch.tensor(2.0)], [width], SHAPE, 0.9)
     loss.backward()
@@ -122,7 +122,7 @@ def test_distillation_loss_and_gradient_equal_the_dense_ones(num_tokens, chunk, 
     assert_close(student.grad, exact.grad)
 
 
-def test_distillation_loss_of_the_teacher_itself_is_zero(lm_head):
+def test_distillation_loss_of_the_teacher_is_zero(lm_head):
     student, _ = _hidden()
     student.requires_grad_()
     loss = distillation_loss(student, student.detach(), lm_head)

@@ -1,4 +1,4 @@
-"""Masking by expert against the same thing written plainly, under autograd."""
+"""Masking by expert against its definition, with gradients."""
 
 import pytest
 import torch
@@ -47,7 +47,7 @@ def _value_and_gradients(function, inputs):
     ],
     ids=str,
 )
-def test_value_and_gradients_are_those_of_the_plain_form(changes):
+def test_value_and_gradients_equal_the_definition(changes):
     inputs = _inputs(**changes)
     out, gradients = _value_and_gradients(mask_by_expert, inputs)
     expected, plain = _value_and_gradients(_plain, inputs)
@@ -75,7 +75,7 @@ def test_bfloat16_neurons_keep_their_dtype_and_are_exact():
 
 
 @pytest.mark.parametrize("held", ["neurons", "soft_routes", "masks"])
-def test_what_needs_no_gradient_changes_none_of_the_others(held):
+def test_gradients_do_not_depend_on_which_are_needed(held):
     inputs = _inputs()
     whole = dict(zip(("neurons", "soft_routes", "masks"), _value_and_gradients(mask_by_expert, inputs)[1], strict=True))
     del whole[held]

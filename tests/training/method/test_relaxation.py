@@ -46,7 +46,7 @@ def test_mask_at_the_threshold_is_kept_by_half_of_the_noise():
     assert kept == pytest.approx(0.5, abs=5 * 0.5 / math.sqrt(200_000))
 
 
-def test_noise_free_mask_keeps_what_more_than_half_of_the_noise_keeps():
+def test_mask_without_noise_is_the_majority_under_noise():
     logits = torch.linspace(-4.5, -2.5, 21).requires_grad_()
     noise = gumbel((20_000, 1), np.random.default_rng(2))
     share = sample_mask(logits, noise, TAU).mean(dim=0)
@@ -93,7 +93,7 @@ def test_dropped_entries_of_a_width_mask_get_a_gradient():
     assert all(g > 0 for g in logits.grad.tolist())
 
 
-def test_width_mask_of_everything_has_a_gradient_of_zero():
+def test_width_mask_of_full_width_has_a_gradient_of_zero():
     logits = torch.tensor([0.0, 0.5, 0.9], requires_grad=True)
     width_mask(logits, 3, None, TAU).sum().backward()
     assert (logits.grad == 0).all()
@@ -181,7 +181,7 @@ def test_scale_zero_is_no_noise_and_scale_two_is_twice_the_noise():
 
 
 @pytest.mark.parametrize("width", [None, 2, 4])
-def test_logits_that_are_not_finite_are_not_hidden_by_the_mask(width):
+def test_mask_propagates_nan(width):
     logits = torch.tensor([1.0, float("nan"), -1.0, 2.0])
     mask = sample_mask(logits, None, TAU) if width is None else width_mask(logits, width, None, TAU)
     assert mask.isnan().any()

@@ -16,7 +16,7 @@ def _ids(batch=2, length=16):
 
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
-def test_gates_off_is_the_teacher_bit_for_bit(family, dense_folder):
+def test_gates_off_is_bit_identical_to_the_teacher(family, dense_folder):
     student = random_student(dense_folder(family))
     student.set_gates(False)
     assert torch.equal(student.base(_ids()).logits, dense_model(family)(_ids()).logits)
@@ -30,7 +30,7 @@ def test_only_the_gates_are_trained_and_saved(dense_folder):
     assert all(p.grad is None for p in student.base.parameters())
 
 
-# Widths are given, not settled: which of them a random student's logits ask for is a matter of rounding.
+# Fixed widths: those computed from the logits of a random student would depend on rounding.
 _RAGGED = {"experts": [40, 64], "qk_dims": [12, 4]}
 
 
@@ -64,7 +64,7 @@ def test_every_trained_tensor_gets_a_gradient(vo_mode, budget, dense_folder):
         ),
     ],
 )
-def test_only_what_a_layer_keeps_whole_is_idle(is_frozen, vo_mode, qk_dims, vo_dims, idle, dense_folder):
+def test_only_parameters_of_unpruned_dims_are_frozen(is_frozen, vo_mode, qk_dims, vo_dims, idle, dense_folder):
     """With nothing to choose there is no gradient; once the widths stay, it is not asked for any more."""
     student = random_student(dense_folder(), vo_mode=vo_mode)
     student.widths = Widths(experts=[40, 64], qk_dims=qk_dims, vo_dims=vo_dims, shift=0.0)
@@ -75,7 +75,7 @@ def test_only_what_a_layer_keeps_whole_is_idle(is_frozen, vo_mode, qk_dims, vo_d
     assert {n for n, p in student.named_parameters() if not p.requires_grad} == (expected if is_frozen else set())
 
 
-def test_offsets_are_held_where_they_are_not_trained(dense_folder):
+def test_untrained_offsets_stay_constant(dense_folder):
     student = random_student(dense_folder(), train_offsets=False)
     held = {n for n, p in student.named_parameters() if not p.requires_grad}
     assert held == {n for n, _ in student.named_parameters() if n.endswith("offset")}
@@ -96,7 +96,7 @@ def test_exact_budget_has_no_parameter_penalty(dense_folder):
     assert out["active_ratio"] <= 0.6
 
 
-def test_distillation_of_everything_kept_is_zero(dense_folder):
+def test_distillation_loss_is_zero_if_everything_is_kept(dense_folder):
     student = random_student(dense_folder(), active_ratio=1.0)
     student.update_widths()
     assert student(_ids())["task"].item() == pytest.approx(0, abs=1e-5)

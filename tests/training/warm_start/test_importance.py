@@ -1,4 +1,4 @@
-"""Importance is what a perturbed mask costs in KL, to second order."""
+"""Importance equals the KL of a perturbed mask, to second order."""
 
 import pytest
 import torch
@@ -33,7 +33,7 @@ def _mean_importance(student, ids, field, num_draws):
 
 
 @pytest.mark.parametrize("family", ["llama", "phi"])
-def test_importance_of_a_neuron_is_the_kl_of_losing_a_little_of_it(family, dense_folder):
+def test_importance_of_a_neuron_is_the_kl_of_a_small_mask_change(family, dense_folder):
     student = random_student(dense_folder(family))
     base, layer = student.base, student.base.model.layers[1]
     student.set_gates(False)
@@ -58,7 +58,7 @@ def test_importance_of_a_value_dim_is_that_of_all_heads_at_once(dense_folder):
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "phi"])
-def test_every_family_is_measured_in_full(family, dense_folder):
+def test_every_family_is_measured_completely(family, dense_folder):
     student = random_student(dense_folder(family))
     shape = student.shape
     layers = measure_importance(student, [torch.randint(3, 90, (2, 16)), torch.randint(3, 90, (1, 16))])
@@ -72,7 +72,7 @@ def test_every_family_is_measured_in_full(family, dense_folder):
         assert layer.query_key.sum() > 0
 
 
-def test_importance_is_the_same_twice(dense_folder):
+def test_importance_is_deterministic(dense_folder):
     student = random_student(dense_folder("llama"))
     ids = torch.randint(3, 90, (2, 16))
     first, second = (measure_importance(student, [ids])[0] for _ in range(2))

@@ -1,4 +1,4 @@
-"""A warm start: experts begin as clusters of activations, at the budget."""
+"""Warm start: experts from clusters of activations, within the budget."""
 
 import pytest
 import torch
@@ -34,7 +34,7 @@ def test_warm_start_beats_a_cold_one_before_any_step(family, vo_mode, dense_fold
     assert _task_loss(warm, _batches()) < _task_loss(cold, _batches())
 
 
-def test_experts_begin_different_and_every_one_is_used(dense_folder):
+def test_initial_experts_differ_and_all_are_used(dense_folder):
     student = _fresh(dense_folder())
     warm_start(student, _batches())
     student(torch.cat(_batches()))
@@ -44,7 +44,7 @@ def test_experts_begin_different_and_every_one_is_used(dense_folder):
 
 
 @pytest.mark.parametrize(("num_tokens", "num_clusters"), [(400, 4), (37, 8), (16, 1)])
-def test_no_cluster_takes_more_than_a_quarter_above_its_share(num_tokens, num_clusters):
+def test_clusters_exceed_their_share_by_at_most_a_quarter(num_tokens, num_clusters):
     generator = torch.Generator().manual_seed(0)
     features = torch.rand(num_tokens, 20, generator=generator)
     features[: num_tokens * 9 // 10, 3] += 20  # nearly all tokens excite the same neuron
@@ -53,7 +53,7 @@ def test_no_cluster_takes_more_than_a_quarter_above_its_share(num_tokens, num_cl
     assert sizes.max() <= -(-num_tokens // num_clusters) * 5 // 4
 
 
-def test_warm_start_leaves_the_teacher_alone(dense_folder):
+def test_warm_start_does_not_change_the_teacher(dense_folder):
     student = _fresh(dense_folder())
     before = {name: p.clone() for name, p in student.base.named_parameters()}
     warm_start(student, _batches())

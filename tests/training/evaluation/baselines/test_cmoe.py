@@ -26,7 +26,7 @@ def test_cmoe_shares_the_most_active_and_clusters_the_rest():
     assert representatives.tolist() == [1, 2, 3]
 
 
-def test_cmoe_representative_is_the_nearest_to_the_centroid():
+def test_cmoe_representative_is_closest_to_the_centroid():
     # Experts of 3: neurons 0 to 2 agree but for 0, neurons 3 to 5 but for 5.
     markers = torch.tensor(
         [[1, 1, 1, 0, 0, 0], [1, 1, 0, 0, 0, 0], [1, 1, 0, 0, 0, 0],
@@ -57,7 +57,7 @@ def test_cmoe_experts_of_a_model_are_equal_and_half_of_the_active_are_shared(mak
 @pytest.mark.parametrize(
     ("scores", "expected"),
     [
-        ([[9, 1], [8, 2], [3, 7], [1, 6]], [0, 0, 1, 1]),  # nobody is refused
+        ([[9, 1], [8, 2], [3, 7], [1, 6]], [0, 0, 1, 1]),  # no rejection
         ([[9, 8], [8, 1], [7, 6], [6, 5]], [0, 0, 1, 1]),  # all want cluster 0: the best two have it
         ([[5, 0], [9, 0], [8, 0], [7, 0]], [1, 0, 0, 1]),
     ],

@@ -25,7 +25,7 @@ def _random_gate(top_k=2):
     return gate
 
 
-def test_random_experts_weigh_the_neurons_of_the_top_k():
+def test_neurons_of_the_top_k_experts_are_weighted():
     hidden = torch.tensor([[0.0, 2.0, 1.0, -1.0], [5.0, 0.0, 0.0, 5.0]])
     high, low = (2 * math.exp(v) / (math.exp(2) + math.exp(1)) for v in (2, 1))
     expected = [[0, 0, high, low, 0, high, low, 0], [1, 1, 0, 0, 1, 0, 0, 1]]
@@ -44,7 +44,7 @@ def test_gradient_does_not_change_the_weights_and_reaches_every_expert():
         assert (gate.router.weight.grad.abs().sum(dim=1) > 0).all()
 
 
-def test_router_learns_at_k_1_from_the_experts_it_did_not_choose():
+def test_router_gradient_at_k_1_comes_from_unselected_experts():
     gate, logits = _random_gate(top_k=1), [0.0, 2.0, 1.0, -1.0]
     (gate.neuron_mask(torch.tensor([logits])) * torch.arange(8.0)).sum().backward()
     values = [1 + 4, 2 + 5, 3 + 6, 0 + 7]  # of the experts' neurons under this loss; expert 1 is chosen
@@ -95,7 +95,7 @@ def test_micro_batches_do_not_change_the_trained_router(make_setup, tmp_path):
         assert_close(one.router.weight.detach(), other.router.weight.detach(), 1e-4)
 
 
-def test_training_leaves_the_dense_weights_alone(make_setup, dense_folder):
+def test_training_does_not_change_the_dense_weights(make_setup, dense_folder):
     setup = make_setup()
     before = {name: p.clone() for name, p in setup.base.named_parameters()}
     random_experts(setup)

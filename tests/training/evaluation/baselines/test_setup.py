@@ -1,4 +1,4 @@
-"""All methods: budgets counted from what tokens really use, gates on and off."""
+"""All methods: budgets counted over what tokens use, gates on and off."""
 
 import pytest
 import torch

@@ -46,7 +46,7 @@ def test_unit_scores_are_scaled_by_the_input_norms(model_by_hand):
         ),
     ],
 )
-def test_pruning_keeps_the_best_scored(norms, neurons, query_key, value, setup_by_hand):
+def test_pruning_keeps_the_units_with_the_best_scores(norms, neurons, query_key, value, setup_by_hand):
     # 6 parameters per head dim and per neuron, 72 in all. Half of the head dims use 24 of 36: 2 neurons are left.
     gates = prune(setup_by_hand, [norms], attention_ratio=0.5, tokens=0)
     assert gates.experts[0].neurons.int().tolist() == neurons

@@ -25,7 +25,7 @@ PHI2 = BlockShape(
 
 @pytest.mark.parametrize("shape", [SMOLLM2, LLAMA3, PHI2])
 @pytest.mark.parametrize("p", [0.5, 0.6, 0.7, 0.9, 1.0])
-def test_mlp_takes_all_that_the_budget_leaves_and_no_more(shape, p):
+def test_mlp_width_is_the_largest_within_the_budget(shape, p):
     for attention_ratio in (p, 1.0):
         widths = uniform_widths(shape, 2, p, attention_ratio)
         assert widths.active_ratio(shape) <= p
@@ -54,11 +54,11 @@ def test_attention_over_the_budget_is_an_error():
         (11008, 5504, (8, 4)),
     ],
 )
-def test_experts_come_nearest_to_the_width_from_below(num_neurons, width, expected):
+def test_experts_have_the_largest_width_within_the_limit(num_neurons, width, expected):
     assert equal_experts(num_neurons, width) == expected
 
 
 @pytest.mark.parametrize(("num_neurons", "width"), [(97, 50), (1536, 47)])
-def test_neurons_that_do_not_split_are_an_error(num_neurons, width):
+def test_indivisible_number_of_neurons_is_an_error(num_neurons, width):
     with pytest.raises(OutOfBudgetError, match="equal experts"):
         equal_experts(num_neurons, width)
