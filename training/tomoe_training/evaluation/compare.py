@@ -90,14 +90,7 @@ def compare(
     base_folder = Path(config.base)
     load_base_config(base_folder)
     content = read_text(text)
-    if out is not None and out.exists():
-        raise ValueError(f"{out} already exists; choose another --out or remove it")
-    if block_size < 2:
-        raise ValueError(f"block_size is {block_size}; it must be at least 2")
-    if not config.data or "self" in config.data:
-        raise ValueError("compare needs training text in files or data sets that all methods read: give --data FILE")
-    if adapter is not None:
-        check_base(Adapter.load(adapter), base_folder)
+    _check_options(config, adapter, block_size, out)
     tokenizer = AutoTokenizer.from_pretrained(base_folder)
     test_blocks = text_blocks(tokenizer, content, block_size, max_blocks)
     documents = [load_documents(source, config.text_column) for source in config.data]
@@ -133,10 +126,21 @@ def compare(
     }
     _print(table)
     if out is not None:
-        settings = {k: v for k, v in config.model_dump().items() if k not in ("architecture", "notes")}
+        settings = config.model_dump(exclude={"architecture", "notes"})
         out.parent.mkdir(parents=True, exist_ok=True)
         write_json(out, table | {"config": settings, "provenance": provenance()})
     return table
+
+
+def _check_options(config: RunConfig, adapter: Path | None, block_size: int, out: Path | None) -> None:
+    if out is not None and out.exists():
+        raise ValueError(f"{out} already exists; choose another --out or remove it")
+    if block_size < 2:
+        raise ValueError(f"block_size is {block_size}; it must be at least 2")
+    if not config.data or "self" in config.data:
+        raise ValueError("compare needs training text in files or data sets that all methods read: give --data FILE")
+    if adapter is not None:
+        check_base(Adapter.load(adapter), Path(config.base))
 
 
 def _chosen_methods(names: list[str] | None) -> list[str]:
