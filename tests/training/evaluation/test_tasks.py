@@ -169,7 +169,7 @@ def test_unreachable_hub_is_one_line(run_cli, dense_folder, tmp_path):
     )
     code, out, err = run_cli("eval", "tasks", "--model", dense_folder(), "--tasks", "far", "--task-folder", tmp_path)
     assert (code, out) == (2, "")
-    assert "task 'far' needs a data set of the Hugging Face hub, which is out of reach" in err
+    assert "task 'far' needs a data set of the Hugging Face hub, which cannot be reached" in err
     assert err.count("\n") == 1
 
 
