@@ -171,7 +171,7 @@ def _load_tasks(shots: dict[str, int | None], *, has_folder: bool) -> tuple[Any,
             found = manager.load([name])
         except ConnectionError as error:
             raise ConnectionError(
-                f"task {name!r} needs a data set of the Hugging Face hub, which is out of reach: {error}. Give "
+                f"task {name!r} needs a data set of the Hugging Face hub, which cannot be reached: {error}. Give "
                 "--task-folder with a task of that name on local files (docs/evaluation.md)"
             ) from error
         except OSError as error:
