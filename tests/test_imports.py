@@ -1,4 +1,7 @@
-"""Who may import whom (docs, house rules): read from the source of every file, so lazy imports count too."""
+"""Which package may import which: read from the source of every file, so lazy imports count too.
+
+Also: no circle of imports, and tests mirror the source.
+"""
 
 import ast
 import re
@@ -14,7 +17,6 @@ FILES = sorted(f for package, folder in PACKAGES.items() for f in (REPOSITORY / 
 # Part of the project -> parts and heavy libraries it may import. The standard library, torch and small
 # libraries (yaml, rich, safetensors, ...) are free for all but the shipped folder.
 ALLOWED: dict[str, set[str]] = {
-    "tomoe_vllm": set(),
     "tomoe_vllm.hf": {"torch", "transformers"},
     "tomoe_vllm.kernels": {"tomoe_vllm.hf.tomoe_math"},
     "tomoe_vllm.layers": {"tomoe_vllm.kernels", "tomoe_vllm.hf", "tomoe_vllm.compat", "vllm"},
@@ -97,13 +99,16 @@ def _is_within(name: str, part: str) -> bool:
     return name == part or name.startswith(part + ".")
 
 
+def part_of(module: str) -> str:
+    """The most specific key of ALLOWED that ``module`` is in: a new module at the top needs an entry of its own."""
+    return max((p for p in [*ALLOWED, *PACKAGES] if _is_within(module, p) and (p in ALLOWED or p == module)), key=len)
+
+
 def forbidden(module: str, names: set[str]) -> set[str]:
     """Imports of ``names`` that ``module`` may not have."""
-    part = max((p for p in ALLOWED if _is_within(module, p)), key=len, default=None)
+    part = part_of(module)
     controlled = {n for n in names if any(_is_within(n, c) for c in CONTROLLED)}
-    if part is None:
-        return set()
-    return {n for n in controlled if not any(_is_within(n, a) for a in (part, *ALLOWED[part]))}
+    return {n for n in controlled if not any(_is_within(n, a) for a in (part, *ALLOWED.get(part, ())))}
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(REPOSITORY)))
@@ -187,10 +192,72 @@ def test_command_line_imports_the_project_lazily():
         assert not {name.partition(".")[0] for name in at_import} & {"torch", "transformers", "pydantic"}, file
 
 
-def test_every_module_has_its_test():
-    without_own_test = {"__init__"}
-    tested = {f.stem.removeprefix("test_") for f in (REPOSITORY / "tests").rglob("test_*.py")}
-    modules = {f.stem for f in (REPOSITORY / "training" / "tomoe_training").rglob("*.py")} | {
-        f.stem for f in (REPOSITORY / "tomoe_vllm" / "hf").glob("*.py")
-    }
-    assert modules - tested - without_own_test == set()
+MODULES = {_module(file): file for file in FILES}
+
+
+def graph() -> dict[str, set[str]]:
+    """Module -> modules of ours that it imports, at any depth of the source."""
+    edges: dict[str, set[str]] = {}
+    for module, file in MODULES.items():
+        names = imports(file.read_text(), module, file.name == "__init__.py")
+        imported = {name if name in MODULES else name.rpartition(".")[0] for name in names}
+        edges[module] = {name for name in imported if name in MODULES and name != module}
+    return edges
+
+
+def circle(edges: dict[str, set[str]]) -> list[str] | None:
+    """One circle of imports, or None."""
+    done: set[str] = set()
+
+    def visit(module: str, path: list[str]) -> list[str] | None:
+        if module in path:
+            return [*path[path.index(module) :], module]
+        if module in done:
+            return None
+        found = next(filter(None, (visit(n, [*path, module]) for n in sorted(edges.get(module, ())))), None)
+        done.add(module)
+        return found
+
+    return next(filter(None, (visit(module, []) for module in sorted(edges))), None)
+
+
+def test_there_is_no_circle_of_imports():
+    assert circle(graph()) is None
+
+
+def test_a_circle_is_seen():
+    assert circle({"a": {"b"}, "b": {"c", "d"}, "c": set(), "d": {"a"}}) == ["a", "b", "d", "a"]
+    assert circle({"a": {"b", "c"}, "b": {"c"}, "c": set()}) is None
+
+
+CROSS_CUTTING = {"live", "runs", "interpreted"}
+"""Folders of tests of a whole server, of whole training runs, and of all Triton kernels in the interpreter."""
+OF_ALL_TRITON_KERNELS = {"test_interpreted.py", "test_triton_compile.py"}
+MIRRORED = [
+    f
+    for package in ("tomoe_vllm", "training", "serving")
+    for f in sorted((REPOSITORY / "tests" / package).rglob("test_*.py"))
+    if not CROSS_CUTTING & set(f.parts) and f.name not in OF_ALL_TRITON_KERNELS
+]
+
+
+def mirrored(test: Path) -> str:
+    """The module that a test file is named after: tests/training/test_data.py tests tomoe_training.data."""
+    package, *folders, name = test.relative_to(REPOSITORY / "tests").with_suffix("").parts
+    top = package if package == "tomoe_vllm" else f"tomoe_{package}"
+    return ".".join([top, *folders, name.removeprefix("test_")])
+
+
+@pytest.mark.parametrize("file", MIRRORED, ids=lambda file: str(file.relative_to(REPOSITORY)))
+def test_tests_mirror_the_source(file):
+    """test_x.py, or test_x_more.py, is stored where module or package x is; the playground's page has no modules."""
+    parent, _, name = mirrored(file).rpartition(".")
+    words = name.split("_")
+    names = {"_".join(words[:n]) for n in range(1, len(words) + 1)}
+    assert {f"{parent}.{n}" for n in names} & set(MODULES) or parent.rpartition(".")[2] in names | {"page"}
+
+
+def test_every_module_of_the_method_has_its_test():
+    modules = {m for m in MODULES if m.startswith(("tomoe_training.", "tomoe_vllm.hf."))}
+    packages = {m for m in modules if MODULES[m].name == "__init__.py"}
+    assert modules - packages - {mirrored(file) for file in MIRRORED} == set()

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-RECIPES = Path(__file__).resolve().parents[2] / "training" / "recipes"
+RECIPES = Path(__file__).resolve().parents[3] / "training" / "recipes"
 
 # Parameters as published by the models' authors (safetensors headers); kept: ToMoE, appendix A.1,
 # L d 128 + L 128 d/H + L d N, worked out by hand.
