@@ -170,6 +170,44 @@ def test_a_timer_grants_the_slot_when_the_bucket_has_refilled():
     asyncio.run(scenario())
 
 
+def test_bucket_refills_at_the_rate_before_a_release():
+    async def scenario():
+        now = [0.0]
+        admission = AdmissionController(4, 9, TIMES, slo_ms=40, clock=lambda: now[0])
+        bucket = admission.target.bucket
+        async with _slot(admission):
+            async with _slot(admission, sequences=2):
+                bucket.level_ms = 0.0
+                now[0] += 0.01
+            decode_ms = admission.target.slowdown.factor * TIMES.decode_ms(3)
+            assert bucket.level_ms == pytest.approx(10 * (1 - decode_ms / admission.target.target_ms))
+
+    asyncio.run(scenario())
+
+
+def test_bucket_is_full_when_no_slot_is_in_use():
+    async def scenario():
+        admission = AdmissionController(max_sequences=4, queue_size=9, times=TIMES, slo_ms=40, clock=lambda: 0.0)
+        async with _slot(admission), _slot(admission, prompt_tokens=400):
+            assert admission.target.bucket.level_ms < 0
+        assert admission.target.bucket.level_ms == admission.target.bucket.capacity_ms
+
+    asyncio.run(scenario())
+
+
+def test_slow_steps_raise_the_slowdown():
+    async def scenario():
+        admission = AdmissionController(max_sequences=4, queue_size=9, times=TIMES, slo_ms=40)
+        before = admission.target.slowdown.factor
+        async with _slot(admission) as slot:
+            admission.produced(slot, 1, 1.0)
+            admission.produced(slot, 1, 9.0)
+        return before, admission.target.slowdown.factor
+
+    before, after = asyncio.run(scenario())
+    assert after > before
+
+
 def test_an_slo_needs_a_measurement():
     with pytest.raises(ValueError, match="measured"):
         AdmissionController(max_sequences=1, queue_size=1, slo_ms=5)
