@@ -7,7 +7,7 @@ import pytest
     ("arguments", "message"),
     [
         (["--only", "speed"], "--only is 'speed'; it must be one of op, decode, prefill, memory"),
-        (["--shape", "2b"], "shape is '2b'"),
+        (["--shape", "2b"], "'2b' is not one of '135m', '1b', '7b-layer'"),
         (["--tomoe", "x"], "--tomoe needs the dense model it was made from; add --model"),
         (["--out", "."], "--out . already exists; use a new folder"),
     ],
