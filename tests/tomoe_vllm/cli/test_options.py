@@ -1,5 +1,8 @@
 """Commands whose options are the fields of a settings model."""
 
+import re
+from pathlib import Path
+
 import pytest
 
 from tomoe_vllm.cli.options import repeat_option
@@ -105,3 +108,15 @@ def test_help_lists_every_setting_with_its_default(command, run_cli):
         assert f"--{name.replace('_', '-')} " in out
     assert "[default: 512]" in " ".join(out.split())
     assert "--architecture" not in out
+
+
+def test_errors_in_the_documentation_are_what_the_commands_print(run_cli, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    page = (Path(__file__).parents[3] / "docs" / "configuration.md").read_text()
+    examples = re.findall(r"^\$ (?:(\w+)=(\w+) )?tomoe (.+)\n(tomoe: .+\n)", page, re.MULTILINE)
+    assert len(examples) == 4
+    for variable, value, arguments, line in examples:
+        with monkeypatch.context() as context:
+            if variable:
+                context.setenv(variable, value)
+            assert run_cli(*arguments.split()) == (2, "", line)
