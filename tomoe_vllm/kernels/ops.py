@@ -1,4 +1,4 @@
-"""Schemas of all ops in the ``tomoe`` namespace, and the dataclass of tensors that the expert MLP takes.
+"""Schemas of all ops in the ``tomoe`` namespace, and the groups of tensors that they take.
 
 Implementations register themselves for these schemas: plain torch in each op's folder (any device), C++ for CPUs
 (``build.load``), Triton for CUDA (``expert_mlp/triton/dispatch.py``). This module imports none of them, so each of
@@ -7,7 +7,7 @@ them can import it.
     op                    shapes
     route                 [T, D], [N, D] -> [T] int64
     route_recorded        the same, and writes the experts to ``record`` [at least T] uint8
-    mask_values           [T, H * A], [T, D], ... -> [T, H * A]
+    mask_values           [T, H * A], [T, D], ValueRouter, width -> [T, H * A]
     expert_mlp            [T, D], [T] int64, ExpertTensors -> [T, D]
     prepare_experts       ExpertTensors (float32, CPU) -> handle
     prepared_expert_mlp   [T, D], [T] int64, handle -> [T, D]
@@ -18,6 +18,7 @@ of a registry in the C++ library of this process; the entry owns the tensors unt
 """
 
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -75,6 +76,19 @@ class ExpertTensors:
         return replace(
             tensors, up=self.up.to(dtype), up_bias=up_bias, down=self.down.to(dtype), masks=self.masks.to(dtype)
         )
+
+
+class ValueRouter(NamedTuple):
+    """Weights of the value logits (eq. 5), all float32; R the rank. Arguments of ``tomoe::mask_values``, in order.
+
+    ``down_weight``: [R, D]; ``down_bias``, ``norm_weight``, ``norm_bias``: [R]; ``up_weight``: [A, R].
+    """
+
+    down_weight: Tensor
+    down_bias: Tensor
+    norm_weight: Tensor
+    norm_bias: Tensor
+    up_weight: Tensor
 
 
 @torch.library.register_fake("tomoe::expert_mlp", lib=LIBRARY)

@@ -6,6 +6,7 @@ import torch
 from tests.helpers.compare import assert_close
 from tomoe_vllm.hf.tomoe_math import top_mask, value_logits
 from tomoe_vllm.kernels import build
+from tomoe_vllm.kernels.ops import ValueRouter
 from tomoe_vllm.kernels.value_mask import mask_values, mask_values_reference
 
 
@@ -22,15 +23,10 @@ def make_case(tokens, *, hidden=75, rank=50, head=64, heads=3, dtype=torch.float
     def random(*shape):
         return torch.randn(*shape, generator=generator)
 
-    return [
-        random(tokens, heads * head).to(dtype),
-        random(tokens, hidden).to(dtype),
-        random(rank, hidden) * hidden**-0.5,
-        random(rank),
-        1 + 0.2 * random(rank),
-        0.2 * random(rank),
-        random(head, rank),
-    ]
+    attention, hidden_states = random(tokens, heads * head).to(dtype), random(tokens, hidden).to(dtype)
+    down, bias = random(rank, hidden) * hidden**-0.5, random(rank)
+    router = ValueRouter(down, bias, 1 + 0.2 * random(rank), 0.2 * random(rank), random(head, rank))
+    return attention, hidden_states, router
 
 
 @pytest.mark.parametrize("width", [1, 20, 32, 33, 57, 63, 64], ids=lambda width: f"keep {width} of 64")
@@ -38,7 +34,9 @@ def make_case(tokens, *, hidden=75, rank=50, head=64, heads=3, dtype=torch.float
 def test_equals_the_reference(tokens, width):
     case = make_case(tokens)
     before = case[0].clone()
-    wide = mask_values_reference(*[t.double() for t in case], width)
+    attention, hidden_states, router = case
+    wide_router = ValueRouter(*[t.double() for t in router])
+    wide = mask_values_reference(attention.double(), hidden_states.double(), wide_router, width)
     actual = mask_values(*case, width)
     assert torch.equal(actual != 0, wide != 0)
     assert_close(actual, wide)
@@ -51,13 +49,14 @@ def test_equals_the_reference(tokens, width):
 @pytest.mark.parametrize("distinct", [1, 2, 5])
 def test_ties_are_resolved_as_in_the_reference(head, share, distinct):
     width = max(1, round(head * share))
-    case = make_case(6, head=head)
-    case[6] = case[6][:distinct].repeat_interleave(-(-head // distinct), dim=0)[:head].round(decimals=1)
-    logits = value_logits(*case[1:])
+    _, hidden_states, router = make_case(6, head=head)
+    up = router.up_weight[:distinct].repeat_interleave(-(-head // distinct), dim=0)[:head].round(decimals=1)
+    router = router._replace(up_weight=up)
+    logits = value_logits(hidden_states, *router)
     exact = all(len(row.unique()) <= distinct for row in logits)
     assert exact, "torch gives equal rows equal logits"
     expected = top_mask(logits, width)
-    actual = mask_values(torch.ones(6, 2 * head), *case[1:], width)
+    actual = mask_values(torch.ones(6, 2 * head), hidden_states, router, width)
     assert torch.equal(actual.unflatten(1, (2, head)).bool(), expected[:, None].expand(-1, 2, -1))
 
 
@@ -81,4 +80,5 @@ def test_bfloat16_stays_in_torch():
 
 
 def test_operator_registration_is_sound():
-    torch.library.opcheck(torch.ops.tomoe.mask_values.default, (*make_case(3), 32))
+    case = make_case(3)
+    torch.library.opcheck(torch.ops.tomoe.mask_values.default, (*case[:2], *case[2], 32))

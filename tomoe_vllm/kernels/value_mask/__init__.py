@@ -7,47 +7,28 @@ import torch
 from torch import Tensor
 
 from tomoe_vllm.hf.tomoe_math import mask_heads, top_mask, value_logits
-from tomoe_vllm.kernels.ops import LIBRARY
+from tomoe_vllm.kernels.ops import LIBRARY, ValueRouter
 
 
-def mask_values_reference(
-    attention: Tensor,
-    hidden_states: Tensor,
-    down_weight: Tensor,
-    down_bias: Tensor,
-    norm_weight: Tensor,
-    norm_bias: Tensor,
-    up_weight: Tensor,
-    width: int,
-) -> Tensor:
+def mask_values_reference(attention: Tensor, hidden_states: Tensor, router: ValueRouter, width: int) -> Tensor:
     """Plain torch, any device and dtype; see :func:`mask_values`."""
-    logits = value_logits(hidden_states, down_weight, down_bias, norm_weight, norm_bias, up_weight)
-    return mask_heads(attention, top_mask(logits, width).to(attention.dtype))
+    return mask_heads(attention, top_mask(value_logits(hidden_states, *router), width).to(attention.dtype))
 
 
-LIBRARY.impl("mask_values", mask_values_reference, "CompositeExplicitAutograd")
+def _reference(attention: Tensor, hidden_states: Tensor, *router_and_width) -> Tensor:
+    *router, width = router_and_width
+    return mask_values_reference(attention, hidden_states, ValueRouter(*router), width)
 
 
-def mask_values(
-    attention: Tensor,
-    hidden_states: Tensor,
-    down_weight: Tensor,
-    down_bias: Tensor,
-    norm_weight: Tensor,
-    norm_bias: Tensor,
-    up_weight: Tensor,
-    width: int,
-) -> Tensor:
+LIBRARY.impl("mask_values", _reference, "CompositeExplicitAutograd")
+
+
+def mask_values(attention: Tensor, hidden_states: Tensor, router: ValueRouter, width: int) -> Tensor:
     """Multiply each head of ``attention`` by its token's mask of the ``width`` largest value logits.
 
-    ``attention``: [T, H * A]; ``hidden_states``: [T, D], what q, k and v were projected from, same dtype;
-    ``down_weight``: [R, D]; ``down_bias``, ``norm_weight``, ``norm_bias``: [R]; ``up_weight``: [A, R], all float32.
-    Returns [T, H * A]. Ties are resolved as in ``tomoe_math.top_mask``.
+    ``attention``: [T, H * A]; ``hidden_states``: [T, D], what q, k and v were projected from, same dtype. Returns
+    [T, H * A]. Ties are resolved as in ``tomoe_math.top_mask``.
     """
     if attention.device.type == "cpu" and attention.dtype != torch.float32:  # the C++ takes float32 only
-        return mask_values_reference(
-            attention, hidden_states, down_weight, down_bias, norm_weight, norm_bias, up_weight, width
-        )
-    return torch.ops.tomoe.mask_values.default(
-        attention, hidden_states, down_weight, down_bias, norm_weight, norm_bias, up_weight, width
-    )
+        return mask_values_reference(attention, hidden_states, router, width)
+    return torch.ops.tomoe.mask_values.default(attention, hidden_states, *router, width)

@@ -7,6 +7,7 @@ from vllm.model_executor.utils import set_weight_attrs
 
 from tomoe_vllm.hf.configuration_tomoe import block_shape
 from tomoe_vllm.hf.tomoe_math import mask_heads
+from tomoe_vllm.kernels.ops import ValueRouter
 from tomoe_vllm.kernels.value_mask import mask_values
 
 
@@ -72,9 +73,8 @@ class ToMoEHeadMask(nn.Module):
         if self.vo_mode == "static":
             return mask_heads(attention, self.static_value_mask)
         down, norm, up = self.value_down, self.value_norm, self.value_up
-        return mask_values(
-            attention, hidden_states, down.weight, down.bias, norm.weight, norm.bias, up.weight, self.top_k
-        )
+        router = ValueRouter(down.weight, down.bias, norm.weight, norm.bias, up.weight)
+        return mask_values(attention, hidden_states, router, self.top_k)
 
 
 def _initial_dims(width: int, head_dim: int, rotary_dim: int) -> Tensor:
