@@ -1,11 +1,11 @@
-"""Resolve what this project uses of vLLM against the source of each supported release, without importing vllm.
+"""Resolve what this project uses of vLLM against the source of each supported release.
 
     python -m tomoe_vllm.compat.check            (make compat)
 
 It checks every name that a package of this project imports from vllm, the attributes and signatures of
-``contract.CONTRACT``, and that the server and the vLLM model can be imported on the source of the newest supported
-release (``import_check``). A table goes to stderr, one JSON line to stdout. Exit code 1 if a supported release lacks
-something or its source cannot be downloaded. A newer release on the package index is checked too, and only reported.
+``contract.CONTRACT``, and that the server and the vLLM model can be imported on that source (``import_check``, in a
+process of its own). A table goes to stderr, one JSON line to stdout. Exit code 1 if a supported release lacks something
+or its source cannot be downloaded. A newer release on the package index is checked too, and only reported.
 """
 
 import argparse
@@ -168,27 +168,26 @@ def import_error(root: Path) -> str | None:
     return None if done.returncode == 0 else (done.stderr.strip().splitlines() or ["no message"])[-1]
 
 
-def table(version: str, results: dict[str, Result], imports: str | None) -> str:
-    """What was found for one release, for people. ``imports``: the result of the import check; None: it did not run."""
+def table(version: str, results: dict[str, Result], error: str | None) -> str:
+    """What was found for one release, for people. ``error``: of the import check, or None."""
     lines = [f"vllm {version}"]
     for name, result in results.items():
         lines.append(f"  {name:28}{result}")
         lines += [f"      alternative: {text}" for text in result.alternatives]
         lines += [f"      MISSING: {text}" for text in result.missing]
-    if imports is not None:
-        lines.append(f"  {'imports':28}{imports}")
+    lines.append(f"  {'imports and flags':28}{error or 'succeed'}")
     return "\n".join(lines)
 
 
-def check(version: str, *, with_imports: bool) -> dict[str, Any]:
+def check(version: str) -> dict[str, Any]:
     """Fetch and check one release, print its table to stderr, and return its part of the JSON line.
 
     Raises ``RuntimeError`` if the source cannot be downloaded.
     """
     root = releases.fetch_source(version)
     results = check_release(root)
-    error = import_error(root) if with_imports else None
-    print(table(version, results, (error or "succeed") if with_imports else None), file=sys.stderr)
+    error = import_error(root)
+    print(table(version, results, error), file=sys.stderr)
     is_resolved = error is None and not any(result.missing for result in results.values())
     parts = {name.replace(" ", "_"): vars(result) for name, result in results.items()}
     return {"is_resolved": is_resolved, "import_error": error} | parts
@@ -202,8 +201,7 @@ def main(arguments: list[str] | None = None) -> int:
     supported, beyond = releases.releases_to_check()
     for version in supported + beyond:
         try:
-            with_imports = version in supported[-1:] + beyond
-            report[version] = check(version, with_imports=with_imports)
+            report[version] = check(version)
         except RuntimeError as error:
             print(error, file=sys.stderr)
             report[version] = {"is_resolved": False, "error": str(error)}

@@ -1,4 +1,4 @@
-"""Import the server and the vLLM model on the Python source of another release of vLLM.
+"""Import the server and the vLLM model, and parse the engine's flags, on the Python source of another vLLM release.
 
     python -m tomoe_vllm.compat.import_check FOLDER          (FOLDER holds vllm/, see compat/releases.py)
 
@@ -17,7 +17,7 @@ MODULES = ("tomoe_vllm.plugin", "tomoe_vllm.models.tomoe", "tomoe_vllm.observabi
 
 
 def import_all(folder: Path) -> str:
-    """Import everything; returns one line that says what was imported. Raises what the first failing import raises."""
+    """Import everything; returns one line that says what was imported. Raises what the first failure raises."""
     sys.path.insert(0, str(folder))
     import vllm
 
@@ -27,7 +27,18 @@ def import_all(folder: Path) -> str:
     names = [module.name for module in pkgutil.walk_packages(serving.__path__, "tomoe_serving.")]
     for name in (*names, *MODULES):
         importlib.import_module(name)
+    parse_flags(folder)
     return f"imported {len(names)} modules of tomoe_serving and {', '.join(MODULES)} on vllm {vllm.__version__}"
+
+
+def parse_flags(checkpoint: Path) -> None:
+    """Let vLLM parse all flags that the server may pass. ``checkpoint`` is not read."""
+    engine, experts, settings, step_time = (
+        importlib.import_module(f"tomoe_serving.{name}")
+        for name in ("server.engine", "api.experts", "server.settings", "admission.step_time")
+    )
+    options = settings.ServerSettings(checkpoint=checkpoint, log_prompts=True)
+    engine.parse_engine_args(options, experts.ENGINE_ARGUMENTS, step_time.Limits(4, 2048))
 
 
 if __name__ == "__main__":

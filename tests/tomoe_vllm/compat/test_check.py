@@ -129,7 +129,7 @@ def test_every_overridden_method_is_in_the_contract():
 
 
 def test_report_fails_for_a_supported_release_only(monkeypatch, capsys):
-    def resolved(version, *, with_imports):
+    def resolved(version):
         if version == "0.33.0":
             raise RuntimeError("no network")
         return {"is_resolved": version != "0.34.0", "import_error": None}
