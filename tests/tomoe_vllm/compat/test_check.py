@@ -98,6 +98,15 @@ def test_everything_resolves_in_the_source_of_each_supported_release(minor):
             assert result.missing == []
 
 
+def test_a_module_that_moved_is_missing_in_the_release_that_moved_it():
+    cached = list(releases.source_root().glob("0.33.*"))
+    if not cached:
+        pytest.skip(f"the source of vllm 0.33 is not in {releases.source_root()}; run: make compat")
+    source = "from vllm.entrypoints.launchers.cli_args import make_arg_parser"
+    result = check.check_imports(SourceTree(cached[0]), list(check.imported_names(source, "old")))
+    assert result.missing == ["vllm.entrypoints.launchers.cli_args.make_arg_parser (imported by old)"]
+
+
 @pytest.mark.process
 def test_server_and_model_import_on_the_source_of_the_newest_supported_release():
     minor = releases.SUPPORTED[-1]
