@@ -12,9 +12,7 @@ Shape = Annotated[Literal["135m", "1b", "7b-layer"], typer.Option(help="Shape of
 
 @app.command()
 def doctor(
-    model: Annotated[
-        Path | None, typer.Option(help="Check at the size of this model. Default: one LLaMA-2 7B layer.")
-    ] = None,
+    model: Annotated[Path | None, typer.Option(help="Check at the size of this model. Default: LLaMA-2 7B.")] = None,
     interpret: Annotated[
         bool, typer.Option("--interpret", help="Run in Triton's interpreter, without a GPU: tiny sizes, no timing.")
     ] = False,
