@@ -1,4 +1,4 @@
-"""Slots of the engine: who holds one, and what the holders can come to need."""
+"""Slots of the engine, and the KV cache that the sequences in them can need."""
 
 from dataclasses import dataclass, field
 

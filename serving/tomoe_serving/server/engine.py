@@ -52,7 +52,7 @@ class AdmittingLLM(AsyncLLM):
 
     Attributes:
         admission: replaced by the server once the engine's limits are known; before that nothing waits.
-        kv_usage: share of the KV blocks in use, 0 to 1.
+        kv_usage: stat logger; its ``share`` is the share of the KV blocks in use, 0 to 1.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
