@@ -176,9 +176,8 @@ def test_sampled_text_is_stored_for_resuming(config, tmp_path):
 
 def test_command_line_trains_and_ends_with_one_json_line(config, run_cli, tmp_path):
     (tmp_path / "more.txt").write_text(random_text(500, seed=1))
-    code, out, err = run_cli(
-        "train", "--out", tmp_path / "out", *assignments(config(), steps=2), tmp_path / "more.txt"
-    )  # fmt: skip
+    data = ["--data", tmp_path / "more.txt"]
+    code, out, err = run_cli("train", "--out", tmp_path / "out", *assignments(config(), steps=2), *data)
     assert code == 0, err
     assert json.loads(out)["steps"] == 2
     assert json.loads(out)["data"] == ["text.txt", "more.txt"]
