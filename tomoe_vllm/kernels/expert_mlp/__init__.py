@@ -31,6 +31,13 @@ def _reference(hidden_states: Tensor, expert_ids: Tensor, *weights) -> Tensor:
 LIBRARY.impl("expert_mlp", _reference, "CompositeExplicitAutograd")
 
 
+def _release(handle: Tensor) -> None:
+    # Garbage may be collected while torch.compile traces. A plain call would be traced too, or fail, and the weights
+    # would never be freed; the kernel is therefore called without torch's dispatch modes.
+    cpu = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
+    torch.ops.tomoe.release_experts.default.redispatch(cpu, handle)
+
+
 @dataclass(frozen=True, eq=False)
 class ExpertWeights(ExpertTensors):
     """:class:`ExpertTensors` whose shapes were checked, prepared for the C++ kernels where these can take them.
@@ -68,7 +75,7 @@ class ExpertWeights(ExpertTensors):
             return None
         lists = self.neuron_ids, self.widths
         handle = torch.ops.tomoe.prepare_experts(self.up, self.up_bias, self.down, *lists, self.activation)
-        weakref.finalize(self, torch.ops.tomoe.release_experts, handle).atexit = False
+        weakref.finalize(self, _release, handle).atexit = False
         return handle
 
     def __reduce__(self) -> tuple:

@@ -9,6 +9,8 @@ import threading
 import numpy as np
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from tests.helpers.compare import assert_close
 from tests.helpers.processes import environment, python
@@ -83,6 +85,27 @@ def test_freed_weights_release_their_handle():
     assert_close(run_handle(case, handle), expected_output(case))
     del weights
     gc.collect()
+    with pytest.raises(RuntimeError, match=UNKNOWN):
+        run_handle(case, handle)
+
+
+@pytest.mark.parametrize("tracing", ["fake tensors", "make_fx"])
+def test_weights_freed_while_torch_traces_release_their_handle(tracing):
+    """A collection of garbage may happen at any time; the release must neither fail nor become part of the graph."""
+    case = make_case(3, 64, 96, 8)
+    layers = [ExpertWeights(*case[2:], "silu")]
+    handle = layers[0].handle
+
+    def free(x):
+        layers.clear()
+        gc.collect()
+        return x + 1
+
+    if tracing == "fake tensors":
+        with FakeTensorMode():
+            free(0)
+    else:
+        assert "release_experts" not in make_fx(free)(case[0]).code
     with pytest.raises(RuntimeError, match=UNKNOWN):
         run_handle(case, handle)
 

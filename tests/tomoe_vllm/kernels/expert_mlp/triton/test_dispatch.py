@@ -1,9 +1,13 @@
 """Dispatch on GPUs: thresholds, choice of the path, and the validation record."""
 
+from pathlib import Path
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from tests.helpers.compare import assert_close
+from tomoe_vllm import kernels
 from tomoe_vllm.kernels.expert_mlp.reference import expert_mlp_reference
 from tomoe_vllm.kernels.expert_mlp.triton import dispatch
 from tomoe_vllm.kernels.expert_mlp.triton.dispatch import (
@@ -110,6 +114,21 @@ def test_tensors_that_the_kernels_cannot_address_are_refused(launched):
     assert launched == []
 
 
+def test_the_registered_op_gets_the_fields_in_the_order_of_the_schema(launched, monkeypatch):
+    registered = {}
+    library = SimpleNamespace(impl=lambda op, function, key: registered.update({(op, key): function}))
+    monkeypatch.setattr(dispatch, "LIBRARY", library)
+    dispatch.register.__wrapped__()
+    ((op, key),) = registered
+    assert (op, key) == ("expert_mlp", "CUDA")
+    hidden_states, expert_ids, weights = make_arguments(4)
+    names = [argument.name for argument in torch.ops.tomoe.expert_mlp.default._schema.arguments]
+    arguments = {"hidden_states": hidden_states, "expert_ids": expert_ids} | vars(weights)
+    output = registered[op, key](*(arguments[name] for name in names))
+    assert launched == ["dense"]
+    assert_close(output, expert_mlp_reference(hidden_states, expert_ids, weights))
+
+
 # ------------------------------------------------------------------------------------------------ validation record
 @pytest.fixture
 def cache_folder(tmp_path, monkeypatch):
@@ -145,6 +164,16 @@ def test_changed_kernels_invalidate_the_record(cache_folder, monkeypatch):
     write_validation(DEVICE, [])
     monkeypatch.setattr(dispatch, "kernel_digest", lambda: "of another version")
     assert read_validation(DEVICE) is None
+
+
+def test_the_digest_depends_on_every_file_with_a_kernel_and_on_the_dispatch(monkeypatch):
+    folder = Path(kernels.__file__).parent
+    files = {file for file in folder.rglob("*.py") if "\n@triton.jit" in file.read_text()}
+    assert {file.name for file in files} == {"triton.py", "gather.py", "grouped.py"}
+    read, read_bytes = set(), Path.read_bytes
+    monkeypatch.setattr(Path, "read_bytes", lambda file: read.add(file) or read_bytes(file))
+    dispatch.kernel_digest.__wrapped__()
+    assert read >= files | {Path(dispatch.__file__)}
 
 
 @pytest.mark.parametrize("content", ["", "{}", "[]", '{"device": 1', '{"agrees": true}'])
