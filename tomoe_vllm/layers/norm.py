@@ -18,8 +18,9 @@ class ToMoERMSNorm(RMSNorm):
     """vLLM's RMSNorm that uses vLLM's compiled kernel on CPUs too; vLLM itself uses plain torch there.
 
     With a residual both tensors are overwritten, as on GPUs. In plain torch a norm allocates four tensors of the size
-    of x and takes 4 to 12 times as long (benchmarks/norms.py). In the shared layout, which allocates nothing larger in
-    between, these tensors also fragment glibc's heap, and the memory of a server grows (docs/notebook, 2026-11-26).
+    of x and takes 1.2 to 20 times as long (benchmarks/norms.py, docs/performance.md). In the shared layout, which
+    allocates nothing larger in between, these tensors also fragment glibc's heap, and the memory of a server grows
+    (docs/notebook/log.md, 2026-11-26).
     """
 
     def forward_cpu(self, x: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
