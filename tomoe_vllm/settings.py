@@ -46,7 +46,7 @@ def read_file(model: type[Settings], file: Path | None) -> dict[str, Any]:
     """Settings in a TOML file (by its suffix) or YAML file; names may be written with dashes. None has none."""
     if file is None:
         return {}
-    if not file.is_file():
+    if not file.exists() or file.is_dir():  # a pipe is fine: --config <(command)
         raise FileNotFoundError(f"no such configuration file: {file}")
     try:
         text = file.read_text()
@@ -108,14 +108,15 @@ def _number_or(value: Any) -> Any:
 
 
 def _message(model: type[Settings], details: Any) -> str:
-    """One of pydantic's error reports in one line. The value of a field with ``repr=False`` is not shown."""
+    """One of pydantic's error reports in one line, without the value of a field with ``repr=False``."""
     name, text = ".".join(map(str, details["loc"])), details["msg"].removeprefix("Value error, ")
     if details["type"] == "value_error":
         return f"{name}: {text}" if name else text
     field = model.model_fields[str(details["loc"][0])]
     if details["type"] == "missing":
         return f"{name} is missing: {field.description}"
-    got = repr(details["input"]) if field.repr else "not shown"
+    given = f"is {details['input']!r}; it must" if field.repr else "must"
     text = re.sub("^[A-Z][a-z]+ should |, unable to .*", "", text)
+    text = re.sub("^[A-Z][a-z]+ is not a valid ([a-z]+).*", r"be a valid \1", text)
     text = text.replace("greater than or equal to", "at least").replace("less than or equal to", "at most")
-    return f"{name} is {got}; it must {text}"
+    return f"{name} {given} {text}"

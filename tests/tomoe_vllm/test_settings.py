@@ -1,6 +1,7 @@
 """The loader of settings: order of precedence, files, environment, and one-line errors."""
 
 import ast
+import os
 import sys
 from pathlib import Path
 
@@ -20,6 +21,8 @@ class Kettle(Settings):
     """Target temperature in degrees Celsius."""
     code: str = Field(default="", repr=False, max_length=2)
     """Secret."""
+    log: Path | None = None
+    """File of the log."""
 
 
 def error_of(function, *arguments) -> str:
@@ -37,13 +40,14 @@ def test_later_sources_win():
 def test_errors_name_the_setting_what_was_given_and_what_is_allowed():
     assert error_of(resolve, Kettle, {}) == "liquid is missing: What to boil."
     assert error_of(resolve, Kettle, {"liquid": "tea", "degrees": 101}) == "degrees is 101; it must be at most 100"
+    assert error_of(resolve, Kettle, {"liquid": "tea", "log": 3}) == "log is 3; it must be a valid path"
     assert error_of(resolve, Kettle, {"liqid": "tea"}) == "unknown setting 'liqid'; did you mean 'liquid'?"
-    assert error_of(resolve, Kettle, {"liquid": "tea", "degrees": "hot", "code": 3}).count("it must") == 2
+    assert error_of(resolve, Kettle, {"liquid": "tea", "degrees": "hot", "code": 3}).count("must be") == 2
 
 
 def test_secret_values_are_not_shown():
     message = error_of(resolve, Kettle, {"liquid": "tea", "code": "hunter2"})
-    assert message == "code is not shown; it must have at most 2 characters"
+    assert message == "code must have at most 2 characters"
 
 
 @pytest.mark.parametrize(
@@ -52,6 +56,14 @@ def test_secret_values_are_not_shown():
 def test_files_are_yaml_or_toml(name, text, tmp_path):
     (tmp_path / name).write_text(text)
     assert read_file(Kettle, tmp_path / name) == {"liquid": "tea", "degrees": 3}
+
+
+def test_a_pipe_is_read_like_a_file():
+    reader, writer = os.pipe()
+    os.write(writer, b"liquid: tea")
+    os.close(writer)
+    assert read_file(Kettle, Path(f"/dev/fd/{reader}")) == {"liquid": "tea"}
+    os.close(reader)
 
 
 def test_no_file_and_an_empty_file_hold_no_settings(tmp_path):

@@ -55,26 +55,29 @@ def settings_command(
         model: "module:class" of a :class:`tomoe_vllm.settings.Settings`.
         only: Fields that become options; all if empty.
         argument: Field that is a positional argument.
-        after_dashes: Field that receives the words after ``--``.
+        after_dashes: Field that receives the words after ``--``, which are flags for vLLM.
     """
 
     def register(function: Callable[..., None]) -> None:
         @app.command(function.__name__, cls=_Verbatim, add_help_option=False, help=function.__doc__)
         def command(context: typer.Context) -> None:
             module, _, name = model.partition(":")
-            settings, words, more = getattr(import_module(module), name), context.args, {}
+            settings, words = getattr(import_module(module), name), context.args
+            more: dict[str, Any] = {}
             if after_dashes and "--" in words:
                 at = words.index("--")
-                words, more = words[:at], {after_dashes: words[at + 1 :]}
+                if at + 1 < len(words):  # a bare -- keeps the value of a weaker source
+                    more = {after_dashes: words[at + 1 :]}
+                words = words[:at]
             parser = typer.Typer(**TYPER)
-            parser.command(help=function.__doc__)(_with_options(function, settings, only, argument, more))
+            parser.command(help=function.__doc__)(_with_options(function, settings, only, argument, after_dashes, more))
             words = repeat_option("--data", words)
             try:
                 code = parser(words, prog_name=context.command_path, standalone_mode=False)
             except Exception as error:
                 if after_dashes and hasattr(error, "possibilities"):  # only typer's error for an unknown option has it
                     message = getattr(error, "format_message", error.__str__)()
-                    raise ValueError(f"{message}; {after_dashes} go after --") from None
+                    raise ValueError(f"{message}; flags for vLLM go after --") from None
                 raise
             raise typer.Exit(code or 0)
 
@@ -95,7 +98,12 @@ def repeat_option(option: str, words: list[str]) -> list[str]:
 
 
 def _with_options(
-    function: Callable[..., None], model: Any, only: Collection[str], argument: str | None, more: dict[str, Any]
+    function: Callable[..., None],
+    model: Any,
+    only: Collection[str],
+    argument: str | None,
+    after_dashes: str | None,
+    more: dict[str, Any],
 ) -> Callable[..., None]:
     """``function`` with the signature that Typer reads: a parameter for each setting, instead of the first one."""
     names = [name for name, field in model.model_fields.items() if name in only or (not only and _is_flag(field))]
@@ -105,6 +113,8 @@ def _with_options(
 
     def run(**values: Any) -> None:
         given = {name: values.pop(name) for name in names}
+        if after_dashes and given[after_dashes]:  # several words in one value: the model splits them at spaces
+            given[after_dashes] = " ".join(given[after_dashes])
         function({name: value for name, value in given.items() if value not in (None, [])} | more, **values)
 
     signature = inspect.Signature([parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in parameters])

@@ -63,11 +63,25 @@ def test_words_after_the_dashes_are_for_vllm(serve):
 
 
 @pytest.mark.parametrize(
+    "arguments", [("--engine-args", "--dtype half -O0"), ("--engine-args=--dtype half", "--engine-args=-O0")]
+)
+def test_the_flag_for_vllm_is_split_at_spaces(serve, arguments):
+    assert serve(["model", *arguments], {}).engine_args == ["--dtype", "half", "-O0"]
+    assert "before the --" in serve(["model", "--engine-args", "--port 1"], {})
+
+
+def test_bare_dashes_keep_the_flags_of_the_environment(serve):
+    environment = {"TOMOE_ENGINE_ARGS": "--dtype half"}
+    assert serve(["model", "--"], environment).engine_args == ["--dtype", "half"]
+    assert serve(["model", "--", "-O0"], environment).engine_args == ["-O0"]
+
+
+@pytest.mark.parametrize(
     ("arguments", "environment", "said"),
     [
         ([], {}, "checkpoint is missing: Folder of"),
         (["model", "--prot", "1"], {}, "--port"),
-        (["model", "--max-model-len", "1"], {}, "engine_args go after --"),
+        (["model", "--max-model-len", "1"], {}, "flags for vLLM go after --"),
         (["model"], {"TOMOE_QUEUE_SISE": "1"}, "did you mean 'TOMOE_QUEUE_SIZE'?"),
         (["model", "--port", "70000"], {}, "port is 70000; it must be at most 65535"),
         (["model", "--tpot-slo-ms", "0"], {}, "greater than 0"),
@@ -77,7 +91,7 @@ def test_words_after_the_dashes_are_for_vllm(serve):
         (["model", "other"], {}, "other"),
         (["model", "--set", "prot=1"], {}, "unknown setting 'prot'; did you mean 'port'?"),
         (["model"], {"TOMOE_PORT": "abc"}, "port is 'abc'; it must be a valid integer"),
-        (["model", "--set", "api_keys={secret: 1}"], {}, "api_keys is not shown; it must be a valid list"),
+        (["model", "--set", "api_keys={secret: 1}"], {}, "api_keys must be a valid list"),
         (["model", "--config"], {}, "'--config' requires an argument"),
         (["model", "--config", "/nowhere.yaml"], {}, "no such configuration file: /nowhere.yaml"),
     ],
