@@ -39,7 +39,7 @@ class RunFolder:
 
     @property
     def has_started(self) -> bool:
-        """Whether the run made a step. One that failed before, as on a misspelt file name, may be corrected."""
+        """Whether training has begun. The settings of a run that failed earlier may be corrected."""
         return self.metrics.is_file() or (self.out / ADAPTER_CONFIG).is_file()
 
     def summary(self) -> dict[str, Any] | None:

@@ -48,7 +48,7 @@ def _stored(file: Path, stream, name: str) -> StoredTensor:
 def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
     """All tensors of a model folder by name, from its safetensors files.
 
-    Raises ``FileNotFoundError`` if there is none, ``ValueError`` for a damaged file or a missing shard.
+    Raises ``FileNotFoundError`` for a missing config, file or shard, ``ValueError`` for a damaged file.
     """
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"{folder} is not a model folder: it has no config.json")

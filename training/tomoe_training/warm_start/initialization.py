@@ -39,9 +39,8 @@ def warm_start(student: Student, batches: list[Tensor]) -> None:
     """Set routers, offsets and, with the exact budget, widths from ``batches`` of [B, S] tokens."""
     shape, settings = student.shape, student.settings
     layers = measure_importance(student, batches)
-    expected = max(
-        0.1, settings.active_ratio - 0.1
-    )  # attention is more important per parameter, so experts get less than p
+    # Attention is more important per parameter, so that experts get less than p.
+    expected = max(0.1, settings.active_ratio - 0.1)
     experts, importances = [], []
     for gate, layer in zip(student.expert_gates, layers, strict=True):
         neurons = _clip(layer.neurons.float())
