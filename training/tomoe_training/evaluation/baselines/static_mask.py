@@ -8,8 +8,8 @@ model, within the budget. All tokens have the same mask.
 Simplified: It prunes the same units as ToMoE (neurons, and Q/K and V/O dims shared by all heads of a layer)
 with ToMoE's objective, data and warm start. DISP-LLM also selects dims of the residual stream per layer.
 
-Settings: ``num_experts = 1`` and ``vo_mode = static``. The union and balance losses have weight 0: they are
-constant with one expert.
+Settings: ``num_experts = 1`` and ``vo_mode = static``. The balance and union losses have weight 0: with one
+expert the former is constant, and the latter only measures the width, which the budget determines.
 """
 
 from tomoe_training.config import RunConfig
