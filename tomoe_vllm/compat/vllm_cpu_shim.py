@@ -36,7 +36,7 @@ def is_stub(vllm: Distribution) -> bool:
 
 
 def stub_folder(owner: Distribution, version: str) -> Path:
-    """Where the stub for ``version`` lies: in the site-packages of ``owner``."""
+    """Folder of the stub for ``version``, in the site-packages of ``owner``."""
     return Path(str(owner.locate_file(f"vllm-{version}.dist-info")))
 
 

@@ -35,7 +35,7 @@ class LaunchedStep:
 class StepObserver:
     """Calls ``on_step`` after each real step of ``runner``, between :meth:`attach` and :meth:`detach`.
 
-    Raises ``ValueError`` if the runner's ``execute_model`` has not the signature of a supported release.
+    Raises ``ValueError`` if the runner's ``execute_model`` does not have the signature of a supported release.
     """
 
     def __init__(self, runner: Any, on_step: Callable[[LaunchedStep], None]) -> None:
