@@ -137,7 +137,8 @@ def load_settings(
         file = Path(environment["TOMOE_CONFIG"])
     from_file = read_file(ServerSettings, file)
     keys = from_file.get("api_keys") or []
-    if any(not _HASH.fullmatch(key) for key in ([keys] if isinstance(keys, str) else map(str, keys))):
+    listed = keys if isinstance(keys, list) else str(keys).split(",")
+    if any(not _HASH.fullmatch(str(key).strip()) for key in listed):
         raise ValueError(
             f"{file}: api_keys must be hashes, sha256:HEX (printf %s KEY | sha256sum); "
             "plain keys go into TOMOE_API_KEYS"

@@ -107,6 +107,8 @@ def test_misuse_is_one_line(arguments, environment, said, serve):
         ("- a", "names and values"),
         ("a: [", "not valid YAML"),
         ("api_keys: secret", "must be hashes"),
+        ("api_keys: 5", "must be hashes"),
+        (f"api_keys: {KEY_HASH},other", "must be hashes"),
         (f"api_keys: [{KEY_HASH}, other]", "must be hashes"),
     ],
 )
