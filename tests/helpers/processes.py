@@ -18,12 +18,13 @@ def environment(**more: str) -> dict[str, str]:
 def python(*arguments: object, timeout: float = 300, **options) -> subprocess.CompletedProcess:
     """Run ``python arguments`` to its end with captured text; ``env`` and ``cwd`` as in subprocess.
 
-    After ``timeout`` seconds it is killed with the processes it started: any of them may hold the pipes open.
+    After ``timeout`` seconds, or at Ctrl-C, it is killed with the processes it started: any of them may hold the pipes
+    open, and in a session of its own it does not get the terminal's signal.
     """
     process = start_python(*arguments, start_new_session=True, **options)
     try:
         out, err = process.communicate(timeout=timeout)
-    except subprocess.TimeoutExpired:
+    except BaseException:
         os.killpg(process.pid, signal.SIGKILL)
         raise
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
