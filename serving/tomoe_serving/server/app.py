@@ -50,9 +50,14 @@ def build_app(
 
     A new app, because vLLM's comes with its middleware stack built: it ignores handlers that are added afterwards.
     """
+    routes = [route for route in vllm_app.routes if getattr(route, "path", None) in SERVED_PATHS]
+    if not routes:  # FastAPI 0.137 and later include routers lazily: their routes would be missed
+        raise RuntimeError(
+            "vLLM's app has none of the routes that are served; this release of FastAPI is not supported"
+        )
     handlers: dict[Any, Any] = vllm_app.exception_handlers | {HTTPException: _as_openai_error}
     app = FastAPI(
-        routes=[route for route in vllm_app.routes if getattr(route, "path", None) in SERVED_PATHS],
+        routes=routes,
         middleware=vllm_app.user_middleware,
         exception_handlers=handlers,
         lifespan=vllm_app.router.lifespan_context,

@@ -86,9 +86,15 @@ def test_lifespan_of_vllm_runs(engine_client):
         yield
 
     vllm_app = FastAPI(lifespan=lifespan)
+    vllm_app.add_api_route("/version", lambda: "0")
     app = build_app(vllm_app, settings=None, state=ServerState(), budget=None, engine_client=engine_client)
     with TestClient(app):
         assert vllm_app.state.is_started
+
+
+def test_an_app_without_vllms_routes_is_refused(engine_client):
+    with pytest.raises(RuntimeError, match="none of the routes"):
+        build_app(FastAPI(), settings=None, state=ServerState(), budget=None, engine_client=engine_client)
 
 
 def test_embeddings_are_refused_with_the_reason(client):
