@@ -67,7 +67,10 @@ def write_dense(shape: Shape, folder: Path) -> None:
 
 
 def write_tomoe(dense: Path, folder: Path) -> None:
-    """Write a ToMoE checkpoint of ``dense`` at p = 0.5 with random gates, with symbolic links to the dense files."""
+    """Write a ToMoE checkpoint of ``dense`` at p = 0.5 with random gates, with symbolic links to the dense files.
+
+    The gates keep half of the neurons and half of the Q/K dims. Trained adapters may keep all Q/K dims.
+    """
     folder.mkdir(parents=True)
     base = AutoConfig.from_pretrained(dense)
     shape, layers = block_shape(base), base.num_hidden_layers

@@ -111,7 +111,11 @@ def expert_mlp_cuda(
 
 @cache
 def register() -> None:
-    """Make :func:`expert_mlp_cuda` the implementation of ``tomoe::expert_mlp`` for CUDA tensors."""
+    """Make :func:`expert_mlp_cuda` the implementation of ``tomoe::expert_mlp`` for CUDA tensors.
+
+    Raises ``ValueError`` for a bad thresholds file: here, while the model is built, and not in its first step.
+    """
+    load_thresholds()
     LIBRARY.impl("expert_mlp", lambda x, ids, *weights: expert_mlp_cuda(x, ids, ExpertTensors(*weights)), "CUDA")
 
 

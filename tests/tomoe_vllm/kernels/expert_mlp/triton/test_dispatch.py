@@ -129,6 +129,18 @@ def test_the_registered_op_gets_the_fields_in_the_order_of_the_schema(launched, 
     assert_close(output, expert_mlp_reference(hidden_states, expert_ids, weights))
 
 
+def test_a_bad_thresholds_file_is_refused_when_the_op_is_registered(tmp_path, monkeypatch):
+    monkeypatch.setenv(dispatch.FOLDER_VARIABLE, str(tmp_path))
+    (tmp_path / f"{dispatch.device_name()}.json").write_text('{"gather": 3}')
+    monkeypatch.setattr(dispatch, "LIBRARY", None)  # it must not be reached
+    dispatch.load_thresholds.cache_clear()
+    try:
+        with pytest.raises(ValueError, match="it must hold gather_tokens, grouped_tokens"):
+            dispatch.register.__wrapped__()
+    finally:
+        dispatch.load_thresholds.cache_clear()
+
+
 # ------------------------------------------------------------------------------------------------ validation record
 @pytest.fixture
 def cache_folder(tmp_path, monkeypatch):
