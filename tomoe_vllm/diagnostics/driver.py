@@ -3,7 +3,8 @@
 vLLM 0.32 and torch 2.13 from the package index are builds for CUDA 13. On an older driver they install without an
 error, and ``torch.cuda.is_available()`` is then False. ``python -m tomoe_vllm.diagnostics.driver`` tells before
 anything is installed; for that this module imports the standard library only. It prints one line, and its exit code is
-1 only for a driver that is too old: without a GPU there is nothing to check.
+1 only for a driver that is too old: without a GPU there is nothing to check. With ``--torch``, after an installation,
+the exit code is 1 if nvidia-smi lists a GPU that torch does not find.
 """
 
 import re
@@ -98,6 +99,18 @@ def why_no_cuda(driver: Driver | None, torch_version: str, torch_cuda: str | Non
     return f"{found} (CUDA {torch_cuda}) finds no GPU: check CUDA_VISIBLE_DEVICES, and --gpus all of a container"
 
 
+def check_torch() -> int:
+    """Print one line about what torch finds; 1 if nvidia-smi lists a GPU and torch finds none."""
+    import torch
+
+    if torch.cuda.is_available():
+        print(f"torch {torch.__version__} finds {torch.cuda.get_device_name()}")
+        return 0
+    reason = why_no_cuda(installed_driver(), torch.__version__, torch.version.cuda)
+    print(reason or "no NVIDIA GPU found by nvidia-smi, and none by torch", file=sys.stderr if reason else sys.stdout)
+    return 1 if reason else 0
+
+
 def main() -> int:
     """Print one line about this machine; 1 if its driver is too old for :data:`CUDA_OF_WHEELS`."""
     driver = installed_driver()
@@ -118,4 +131,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(check_torch() if sys.argv[1:] == ["--torch"] else main())

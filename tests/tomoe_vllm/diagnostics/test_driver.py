@@ -5,7 +5,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
+from tomoe_vllm.diagnostics import driver as driver_module
 from tomoe_vllm.diagnostics.driver import CUDA_OF_WHEELS, Driver, is_too_old, parse, why_no_cuda
 
 REPOSITORY = Path(__file__).resolve().parents[3]
@@ -130,3 +132,12 @@ def test_module_lets_any_other_machine_pass(script, word, tmp_path):
     code, out = run_module(tmp_path, script)
     assert (code, len(out.splitlines())) == (0, 1)
     assert word in out
+
+
+def test_a_gpu_that_the_installed_torch_does_not_find_is_an_error(monkeypatch, capsys):
+    monkeypatch.setattr(driver_module, "installed_driver", lambda: parse("NVIDIA A100, 550.54.15", TABLE_550))
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    assert driver_module.check_torch() == 1
+    assert "needs driver 580.65.06 or newer" in capsys.readouterr().err
+    monkeypatch.setattr(driver_module, "installed_driver", lambda: None)
+    assert driver_module.check_torch() == 0
