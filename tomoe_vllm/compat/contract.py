@@ -94,6 +94,7 @@ CONTRACT: dict[str, tuple[str, ...]] = {
         "vllm.v1.worker.gpu.model_runner:GPUModelRunner.execute_model(scheduler_output, dummy_run)",
         "vllm.v1.worker.gpu.model_runner:GPUModelRunner.execute_model_state",
         "vllm.v1.worker.gpu.model_runner:ExecuteModelState.input_batch",
+        "vllm.v1.worker.gpu.input_batch:InputBatch.num_tokens",
         "vllm.v1.worker.gpu.input_batch:InputBatch.num_tokens_after_padding",
         "vllm.v1.worker.gpu.input_batch:InputBatch.req_ids",
         "vllm.v1.core.sched.output:SchedulerOutput.total_num_scheduled_tokens",

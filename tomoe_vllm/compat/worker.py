@@ -68,10 +68,12 @@ class StepObserver:
             return LaunchedStep(scheduler_output=scheduler_output, request_ids=[], num_tokens=0, num_padded_tokens=0)
         state = self._runner.execute_model_state
         batch = getattr(state, "input_batch", None) or self._runner.input_batch
-        num_padded = getattr(batch, "num_tokens_after_padding", None)  # the second runner
+        num_padded = getattr(batch, "num_tokens_after_padding", None)
         if num_padded is None:
             hidden_states = getattr(state, "hidden_states", None)
             num_padded = num_tokens if hidden_states is None else hidden_states.shape[0]
+        else:  # the second runner, which may run fewer tokens than are scheduled (adaptive verification of drafts)
+            num_tokens = batch.num_tokens
         return LaunchedStep(
             scheduler_output=scheduler_output,
             request_ids=batch.req_ids,

@@ -1,4 +1,7 @@
-"""Steps of both model runners of vLLM, as stand-ins with their signatures."""
+"""Steps of both model runners of vLLM, as stand-ins with their signatures.
+
+The real class of the second one: tests/tomoe_vllm/observability/test_worker_extension.py.
+"""
 
 from types import SimpleNamespace
 
@@ -22,8 +25,8 @@ class FirstRunner:
 class SecondRunner:
     """vllm.v1.worker.gpu.model_runner.GPUModelRunner, which has no ``input_batch`` of its own."""
 
-    def __init__(self, padded=16):
-        batch = SimpleNamespace(req_ids=["a", "b"], num_tokens_after_padding=padded)
+    def __init__(self, padded=16, num_tokens=5):
+        batch = SimpleNamespace(req_ids=["a", "b"], num_tokens=num_tokens, num_tokens_after_padding=padded)
         self.execute_model_state = SimpleNamespace(input_batch=batch, hidden_states=None)
 
     def execute_model(self, scheduler_output, intermediate_tensors=None, dummy_run=False, is_profile=False):
@@ -53,7 +56,13 @@ def test_step_has_its_requests_and_its_padding(runner, num_padded):
     assert step.scheduler_output is output
 
 
-@pytest.mark.parametrize("runner", [FirstRunner(), SecondRunner()])
+def test_tokens_that_are_scheduled_but_not_run_are_left_out():
+    steps, _ = observed(runner := SecondRunner(num_tokens=4))
+    runner.execute_model(scheduled(6))
+    assert steps[0].num_tokens == 4
+
+
+@pytest.mark.parametrize("runner", [FirstRunner(), SecondRunner(num_tokens=3)])
 def test_arguments_may_be_passed_by_keyword(runner):
     steps, _ = observed(runner)
     runner.execute_model(intermediate_tensors=None, scheduler_output=scheduled(3))
