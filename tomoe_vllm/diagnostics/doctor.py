@@ -21,14 +21,18 @@ from rich.console import Console
 from rich.table import Table
 
 from tomoe_vllm import __version__
+from tomoe_vllm.diagnostics.device import CudaDevice, InterpretedDevice
 from tomoe_vllm.diagnostics.driver import installed_driver, why_no_cuda
-from tomoe_vllm.diagnostics.roofline import CHIPS, LLAMA_2_7B, Chip, MLPShape
-from tomoe_vllm.hf.configuration_tomoe import FAMILIES
-from tomoe_vllm.kernels.expert_activation import require_activation
+from tomoe_vllm.diagnostics.layers import LLAMA, TINY, TINY_PHI, layer_of
+from tomoe_vllm.diagnostics.roofline import CHIPS, Chip
+from tomoe_vllm.diagnostics.tune import NUM_TOKENS
 from tomoe_vllm.kernels.expert_mlp.triton.dispatch import write_validation
 
-TINY = MLPShape(hidden_size=40, num_neurons=56, width=28)
-"""For the interpreter, which takes about a millisecond per tile. No size is a multiple of a block."""
+SOME_TOKENS = (1, 3, 16, 512, 2048)
+GPU_TOKENS = {torch.bfloat16: NUM_TOKENS, torch.float16: SOME_TOKENS, torch.float32: SOME_TOKENS}
+"""Numbers of tokens by dtype: in bfloat16 all that ``tomoe tune`` may choose a path for."""
+INTERPRETER_TOKENS = {torch.float32: (1, 3, 20), torch.float16: (1, 3, 20)}
+"""The interpreter's ``tl.dot`` is wrong in bfloat16."""
 
 
 def environment() -> dict:
@@ -79,42 +83,10 @@ def _compiler() -> str | None:
     return None
 
 
-def model_layer(folder: Path) -> tuple[MLPShape, str, bool]:
-    """MLP shape, activation and bias of a dense model or checkpoint, from its config.json.
-
-    A dense model gets 8 experts of half the neurons. Raises ``ValueError`` for an unsupported family or activation.
-    """
-    config = json.loads((folder / "config.json").read_text())
-    family = str(config.get("model_type", "")).removeprefix("tomoe_")
-    if family not in FAMILIES:
-        raise ValueError(f"{folder} is a {family or 'nameless'!r} model; supported families: {', '.join(FAMILIES)}")
-    num_neurons = config["intermediate_size"]
-    shape = MLPShape(
-        hidden_size=config["hidden_size"],
-        num_neurons=num_neurons,
-        width=max(config.get("expert_intermediate_sizes") or [num_neurons // 2]),
-        num_experts=config.get("num_experts") or 8,
-        num_matrices=FAMILIES[family].num_mlp_matrices,
-    )
-    activation = config.get("hidden_act", "silu")
-    require_activation(activation)
-    return shape, activation, family == "phi" or bool(config.get("mlp_bias"))
-
-
-def chip_of(device: int = 0) -> Chip:
-    """Peak rates of a GPU: from the data sheet for A100 and H100, otherwise measured with a copy and a GEMM."""
-    name = torch.cuda.get_device_name(device)
-    for chip in CHIPS:
-        if chip.name in name:
-            return replace(chip, name=name)
-    from tomoe_vllm.diagnostics.kernel_checks import capture, median_ms
-
-    source = torch.empty(2**28, dtype=torch.uint8, device="cuda")
-    target = torch.empty_like(source)
-    copy_ms = median_ms(capture(lambda: target.copy_(source))[0])
-    matrix = torch.randn(4096, 4096, device="cuda").bfloat16()
-    gemm_ms = median_ms(capture(lambda: matrix @ matrix)[0])
-    return Chip(name=name, bandwidth=2 * source.numel() / (1e-3 * copy_ms), flops=2 * 4096**3 / (1e-3 * gemm_ms))
+def chip_of(device: CudaDevice) -> Chip:
+    """Peak rates of the GPU: from the data sheet for A100 and H100, otherwise measured with a copy and a GEMM."""
+    name = torch.cuda.get_device_name()
+    return next((replace(chip, name=name) for chip in CHIPS if chip.name in name), None) or device.measured_chip()
 
 
 def examine(model: Path | None = None, interpret: bool = False) -> dict:
@@ -122,31 +94,27 @@ def examine(model: Path | None = None, interpret: bool = False) -> dict:
 
     Raises ``ValueError`` for a model that cannot be read, and ``RuntimeError`` if Triton is missing.
     """
-    shape, activation, has_bias = model_layer(model) if model else (replace(LLAMA_2_7B, num_layers=1), "silu", False)
-    has_gpu = torch.cuda.is_available()
+    sizes = layer_of(model) if model else LLAMA
     facts: dict = {"environment": environment(), "device": None, "agrees": None, "checks": [], "validation_file": None}
-    if not has_gpu and not interpret:
+    if not torch.cuda.is_available() and not interpret:
         return facts | {"why_no_gpu": why_no_cuda(installed_driver(), torch.__version__, torch.version.cuda)}
     if interpret:
-        shape = replace(TINY, num_experts=shape.num_experts, num_matrices=shape.num_matrices)
-    try:
-        from tomoe_vllm.diagnostics import kernel_checks
-    except ImportError as error:
-        raise RuntimeError(f"the kernels need Triton ({error}); install it with: pip install triton") from error
-    if interpret != kernel_checks.is_interpreted():
-        raise RuntimeError(
-            f"TRITON_INTERPRET is {os.environ.get('TRITON_INTERPRET')!r}; set it to 1 to interpret, and only then"
-        )
-    if interpret:
-        dtypes, device, chip = [torch.float32, torch.float16], "cpu", None
-    else:
-        dtypes, device, chip = [torch.bfloat16, torch.float16, torch.float32], "cuda", chip_of()
+        sizes = TINY if sizes.mlp.num_matrices == 3 else TINY_PHI
+    require_triton(interpret)
+    from tomoe_vllm.diagnostics.kernel_checks import Layer, run_checks
+
+    device = InterpretedDevice() if interpret else CudaDevice()
+    tokens = INTERPRETER_TOKENS if interpret else GPU_TOKENS
+    chip = None
+    if isinstance(device, CudaDevice):
+        chip = chip_of(device)
         facts["chip"] = asdict(chip)
-    checks = kernel_checks.run_checks(shape, activation, has_bias, dtypes, device, chip)
+    layers = [Layer.random(sizes.mlp, sizes.activation, sizes.has_bias, dtype, device.type) for dtype in tokens]
+    checks = run_checks(layers, tokens, device, chip)
     failures = [check.describe() for check in checks if not check.agrees]
     facts |= {
         "device": "interpreter" if interpret else torch.cuda.get_device_name(),
-        "shape": asdict(shape),
+        "shape": asdict(sizes.mlp),
         "agrees": not failures,
         "failures": failures,
         "checks": [asdict(check) | {"agrees": check.agrees} for check in checks],
@@ -154,6 +122,18 @@ def examine(model: Path | None = None, interpret: bool = False) -> dict:
     if not interpret:
         facts["validation_file"] = str(write_validation(facts["device"], failures))
     return facts
+
+
+def require_triton(interpret: bool) -> None:
+    """Raise ``RuntimeError`` unless Triton is installed, and interprets kernels exactly if ``interpret``."""
+    try:
+        from tomoe_vllm.diagnostics.kernel_checks import is_interpreted
+    except ImportError as error:
+        raise RuntimeError(f"the kernels need Triton ({error}); install it with: pip install triton") from error
+    if interpret != is_interpreted():
+        raise RuntimeError(
+            f"TRITON_INTERPRET is {os.environ.get('TRITON_INTERPRET')!r}; set it to 1 to interpret, and only then"
+        )
 
 
 def rows(facts: dict) -> list[list[str]]:
@@ -214,7 +194,7 @@ def _examine_in_interpreter(model: Path | None) -> dict:
 def main(model: Path | None, interpret: bool) -> tuple[dict, int]:
     """Run ``tomoe doctor``. Returns the facts for the JSON line and the exit code; prints the rest to stderr."""
     if model:
-        model_layer(model)  # report a bad folder before the other process starts
+        layer_of(model)  # report a bad folder before the other process starts
     facts = _examine_in_interpreter(model) if interpret else examine(model)
     for name, value in facts["environment"].items():
         print(f"{name}: {', '.join(value) if isinstance(value, list) else value}", file=sys.stderr)

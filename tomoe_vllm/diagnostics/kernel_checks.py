@@ -1,21 +1,23 @@
-"""Compares every Triton kernel with its plain-torch reference and times it, for ``tomoe doctor``.
+"""Compares the kernels of the expert MLP with their plain-torch reference and times them, for ``tomoe doctor``.
 
 On a GPU, at the model's size: output memory is filled with NaN first, the kernel is captured into a CUDA graph, the
 graph is replayed for other experts and timed. In the interpreter (no GPU; TRITON_INTERPRET=1 before this module is
-imported), at a tiny size: the same comparisons, without graph and time.
+imported), at a tiny size: the same comparisons, without times. ``gate_checks.py`` does the same for the other kernels.
 """
 
-import statistics
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from triton.runtime.jit import JITFunction
 
+from tomoe_vllm.diagnostics.device import Device
 from tomoe_vllm.diagnostics.roofline import Chip, MLPShape, costs
+from tomoe_vllm.kernels.expert_activation.triton import expert_activation_triton
 from tomoe_vllm.kernels.expert_mlp.reference import expert_mlp_reference
 from tomoe_vllm.kernels.expert_mlp.triton.dispatch import expert_mlp_cuda
 from tomoe_vllm.kernels.expert_mlp.triton.gather import gather_reduce_kernel
@@ -27,13 +29,16 @@ LIMITS = {torch.float32: 1e-5, torch.bfloat16: 1.5e-2, torch.float16: 1.5e-3}
 overall and 0.7 % in the worst row; one wrong tile of 16 of 5,504 neurons 7 %, and a misrouted token over 100 % of its
 row."""
 
-GPU_TOKENS = {"gather": (1, 2, 3), "dense": (1, 16, 256), "grouped": (16, 128, 512, 2048)}
-INTERPRETER_TOKENS = {"gather": (1, 3), "dense": (1, 5), "grouped": (3, 70)}
+PATHS = ("gather", "dense", "grouped")
 
 
 @dataclass(kw_only=True, slots=True)
 class Check:
-    """One execution path at one number of tokens. ``error``: why it did not run."""
+    """One kernel at one number of tokens. ``error``: why it did not run.
+
+    ``path``: an execution path of the expert MLP, or another op. ``ms``: of the kernel; ``dense_ms``: of the dense MLP
+    as vLLM runs it; ``roofline_ms``: the lower bound by the device's rates.
+    """
 
     path: str
     num_tokens: int
@@ -52,9 +57,13 @@ class Check:
         """Whether every comparison was made and is within the limit."""
         return self.error is None and max(self.overall, self.worst_row) <= self.limit
 
+    def add_errors(self, overall: float, worst_row: float) -> None:
+        """Keep the largest error of several comparisons."""
+        self.overall, self.worst_row = max(overall, self.overall), max(worst_row, self.worst_row)
+
     def describe(self) -> str:
         """The failure in one line."""
-        what = self.error or f"relative RMS {self.overall:.1e} overall, {self.worst_row:.1e} worst row"
+        what = self.error or f"relative error {self.overall:.1e} overall, {self.worst_row:.1e} worst row"
         return f"{self.path}, {self.num_tokens} tokens, {self.routing}, {self.dtype}: {what} (limit {self.limit:.1e})"
 
 
@@ -62,12 +71,14 @@ class Check:
 class Layer:
     """Random weights of one layer, with experts of unequal width around ``shape.width``.
 
-    ``dense``: the same weights with all neurons in every expert.
+    ``dense_down``: W_down as a dense model has it, [D, F]. ``all_neurons``: one mask of ones, [1, F].
     """
 
     shape: MLPShape
     weights: ExpertTensors
-    dense: ExpertTensors
+    dense_down: Tensor
+    all_neurons: Tensor
+    _dense_ms: dict[int, float | None] = field(default_factory=dict)
 
     @classmethod
     def random(cls, shape: MLPShape, activation: str, has_bias: bool, dtype: torch.dtype, device: str) -> "Layer":
@@ -89,12 +100,43 @@ class Layer:
             widths=neuron_lists(masks)[1],
             activation=activation,
         )
-        return cls(shape=shape, weights=weights, dense=replace(weights, masks=torch.ones_like(weights.masks)))
+        down, ones = weights.down.T.contiguous(), torch.ones_like(weights.masks[:1])
+        return cls(shape=shape, weights=weights, dense_down=down, all_neurons=ones)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the weights."""
+        return self.weights.up.dtype
+
+    def inputs(self, num_tokens: int) -> tuple[Tensor, torch.Generator]:
+        """Random hidden states [T, D], and the generator for what else a check draws."""
+        generator = torch.Generator(self.weights.up.device).manual_seed(num_tokens)
+        size = (num_tokens, self.shape.hidden_size)
+        return torch.randn(size, generator=generator, device=self.weights.up.device).to(self.dtype), generator
 
     def expected(self, hidden_states: Tensor, expert_ids: Tensor) -> Tensor:
         """The reference in float64, or in float32 without TF32 on a GPU. Returns [T, D]."""
         wide = torch.float32 if hidden_states.is_cuda else torch.float64
         return expert_mlp_reference(hidden_states.to(wide), expert_ids, self.weights.to(wide))
+
+    def dense_mlp(self, hidden_states: Tensor, no_experts: Tensor) -> Tensor:
+        """The MLP of the dense model as vLLM runs it on a GPU: cuBLAS, one kernel for the activation, cuBLAS.
+
+        ``no_experts``: [T] int64 zeros. The activation is ToMoE's with a mask of ones, [1, F] for all tokens.
+        """
+        weights = self.weights
+        projected = F.linear(hidden_states, weights.up, weights.up_bias)
+        hidden = expert_activation_triton(projected, no_experts, self.all_neurons, weights.activation)
+        return F.linear(hidden, self.dense_down)
+
+    def dense_milliseconds(self, num_tokens: int, device: Device) -> float | None:
+        """Time of :meth:`dense_mlp`, measured once for each number of tokens."""
+        if num_tokens not in self._dense_ms:
+            hidden_states, _ = self.inputs(num_tokens)
+            ids = torch.zeros(num_tokens, dtype=torch.int64, device=hidden_states.device)
+            graph = device.capture(lambda: self.dense_mlp(hidden_states, ids))
+            self._dense_ms[num_tokens] = device.milliseconds(graph)
+        return self._dense_ms[num_tokens]
 
 
 def is_interpreted() -> bool:
@@ -124,83 +166,60 @@ def uninitialized_is_nan() -> Iterator[None]:
         torch.use_deterministic_algorithms(was[0], warn_only=was[1])
 
 
-def capture(run: Callable[[], Tensor]) -> tuple["torch.cuda.CUDAGraph", Tensor]:
-    """Capture ``run`` into a CUDA graph. Returns the graph and its output. Raises if ``run`` syncs with the host."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        run()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        output = run()
-    return graph, output
+def name_of(dtype: torch.dtype) -> str:
+    """ "bfloat16" for ``torch.bfloat16``."""
+    return str(dtype).removeprefix("torch.")
 
 
-def median_ms(graph: "torch.cuda.CUDAGraph", rounds: int = 30) -> float:
-    """Median time of a replay. The weights of small models stay in L2 between replays, which makes them look faster."""
-    times = []
-    for _ in range(rounds):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end))
-    return statistics.median(times)
+def one_line(error: BaseException) -> str:
+    """Type and message of an error in one line of at most 300 characters."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
 
 
-def _compare(check: Check, actual: Tensor, expected: Tensor) -> None:
-    overall, worst_row = relative_rms(actual, expected)
-    check.overall, check.worst_row = max(overall, check.overall), max(worst_row, check.worst_row)
+def run_check(
+    layer: Layer, path: str, num_tokens: int, routing: str, device: Device, chip: Chip | None = None
+) -> Check:
+    """Compare one path with the reference, then in a graph with other experts, and time it.
 
-
-def run_check(layer: Layer, path: str, num_tokens: int, routing: str, chip: Chip | None) -> Check:
-    """Compare one path with the reference. On a GPU (``chip``) also compare and time it as a CUDA graph."""
-    dtype, device = layer.weights.up.dtype, layer.weights.up.device
+    ``chip``: the rates of the roofline time.
+    """
     check = Check(
-        path=path,
-        num_tokens=num_tokens,
-        routing=routing,
-        dtype=str(dtype).removeprefix("torch."),
-        limit=LIMITS[dtype],
+        path=path, num_tokens=num_tokens, routing=routing, dtype=name_of(layer.dtype), limit=LIMITS[layer.dtype]
     )
-    generator = torch.Generator(device).manual_seed(num_tokens)
-    size = (num_tokens, layer.shape.hidden_size)
-    hidden_states = torch.randn(size, generator=generator, device=device).to(dtype)
+    hidden_states, generator = layer.inputs(num_tokens)
     last = layer.shape.num_experts - 1
-    expert_ids = torch.randint(last + 1, (num_tokens,), generator=generator, device=device)
+    expert_ids = torch.randint(last + 1, (num_tokens,), generator=generator, device=hidden_states.device)
     if routing == "one expert":
         expert_ids.fill_(last)
     try:
         with uninitialized_is_nan():
             actual = expert_mlp_cuda(hidden_states, expert_ids, layer.weights, path)
-        _compare(check, actual, layer.expected(hidden_states, expert_ids))
+        check.add_errors(*relative_rms(actual, layer.expected(hidden_states, expert_ids)))
+        graph = device.capture(lambda: expert_mlp_cuda(hidden_states, expert_ids, layer.weights, path))
+        check.ms = device.milliseconds(graph)
+        expert_ids.copy_((expert_ids + 1) % (last + 1))
+        graph.replay()
+        check.add_errors(*relative_rms(graph.output, layer.expected(hidden_states, expert_ids)))
+        check.dense_ms = layer.dense_milliseconds(num_tokens, device)
         if chip:
-            graph, output = capture(lambda: expert_mlp_cuda(hidden_states, expert_ids, layer.weights, path))
-            check.ms = median_ms(graph)
-            expert_ids.copy_((expert_ids + 1) % (last + 1))
-            graph.replay()
-            _compare(check, output, layer.expected(hidden_states, expert_ids))
-            check.dense_ms = median_ms(
-                capture(lambda: expert_mlp_cuda(hidden_states, expert_ids, layer.dense, "dense"))[0]
-            )
             check.roofline_ms = 1e3 * costs(layer.shape, num_tokens)[path].seconds(chip)
     except Exception as error:  # a kernel that fails to compile, launch or capture is a failed check
-        check.error = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        check.error = one_line(error)
     return check
 
 
 def run_checks(
-    shape: MLPShape, activation: str, has_bias: bool, dtypes: list[torch.dtype], device: str, chip: Chip | None
+    layers: Sequence[Layer],
+    num_tokens: Mapping[torch.dtype, Sequence[int]],
+    device: Device,
+    chip: Chip | None = None,
 ) -> list[Check]:
-    """Check all paths in each dtype; in the first dtype also with all tokens on the last expert."""
-    tokens = GPU_TOKENS if chip else INTERPRETER_TOKENS
+    """Check all paths of each layer; those of the first layer also with all tokens on the last expert."""
     checks = []
-    for dtype in dtypes:
-        layer = Layer.random(shape, activation, has_bias, dtype, device)
-        for path, counts in tokens.items():
-            checks += [run_check(layer, path, count, "random", chip) for count in counts]
-            if dtype is dtypes[0]:
-                checks.append(run_check(layer, path, counts[-1], "one expert", chip))
+    for layer in layers:
+        counts = num_tokens[layer.dtype]
+        for path in PATHS:
+            checks += [run_check(layer, path, count, "random", device, chip) for count in counts]
+            if layer is layers[0]:
+                checks.append(run_check(layer, path, max(counts), "one expert", device, chip))
     return checks
