@@ -39,14 +39,23 @@ def bench(
         Path | None, typer.Option(help="ToMoE checkpoint of that model. Default: random gates at a budget of 0.5.")
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for bench.json and bench.png; must not exist yet.")] = None,
+    device: Annotated[
+        Literal["cpu", "cuda"] | None, typer.Option(help="Default: the device that the installed vLLM runs on.")
+    ] = None,
+    order: Annotated[
+        Literal["auto", "interleaved", "sequential"],
+        typer.Option(
+            help="Run both engines at once, alternating, or one after the other. auto: at once if both models fit."
+        ),
+    ] = "auto",
 ) -> None:
-    """Compare the speed of dense and ToMoE on this CPU.
+    """Compare the speed of dense and ToMoE on this machine.
 
-    Both run in float32, and are shown beside the limits of the machine.
+    On a CPU both run in float32; on a GPU in bfloat16, compiled, with CUDA graphs, and a KV cache of equal size.
     """
     from tomoe_vllm.diagnostics.bench.run import bench as run_bench
 
-    facts = run_bench(only, shape, model, tomoe, out)
+    facts = run_bench(only, shape, model, tomoe, out, device, order)
     mark_engine_run()
     print_result(facts | {"backend": "vllm"})
 

@@ -122,3 +122,14 @@ def test_tolerance_catches_a_forgotten_epsilon():
     norm, x = make_norm(64), 0.01 * random(3, 64)
     assert is_close(norm(x), expected(x, norm.weight))
     assert not is_close(norm(x), expected(x, norm.weight, eps=0.0))
+
+
+def test_on_cuda_it_is_the_norm_that_vllm_runs_for_dense_models():
+    """tomoe bench compares with the dense model as shipped there: both sides must run the same kernel."""
+    from vllm.model_executor.layers.layernorm import RMSNorm
+
+    from tomoe_vllm.layers.norm import ToMoERMSNorm
+
+    ours = {name for name in vars(ToMoERMSNorm) if not name.startswith("__")}
+    assert ours == {"forward_cpu"}, "everything but the CPU's forward is vLLM's"
+    assert ToMoERMSNorm.name == RMSNorm.name, "vLLM switches custom ops on and off by this name"

@@ -30,7 +30,7 @@ def write_dense(shape: Shape, folder: Path) -> None:
         num_attention_heads=shape.num_heads,
         num_key_value_heads=shape.num_kv_heads,
         head_dim=shape.head_dim,
-        max_position_embeddings=4096,
+        max_position_embeddings=8192,
         tie_word_embeddings=True,
         architectures=["LlamaForCausalLM"],
     )

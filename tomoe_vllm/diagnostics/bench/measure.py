@@ -8,12 +8,73 @@ import time
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
+from typing import Protocol
 
 import torch
 
+Call = Callable[[], object]
 
-def machine() -> dict[str, str | int]:
-    """What a figure needs beside it: CPU, instruction set, cores and the date (UTC)."""
+
+class Clock(Protocol):
+    """Times one call on a device."""
+
+    def prepare(self, call: Call) -> Call:
+        """What to time instead of ``call``."""
+
+    def seconds(self, call: Call) -> float:
+        """Run ``call`` once; the time until its results are there."""
+
+
+class CpuClock:
+    """The host's clock around a call that computes on the CPU."""
+
+    def prepare(self, call: Call) -> Call:
+        return call
+
+    def seconds(self, call: Call) -> float:
+        start = time.perf_counter()
+        call()
+        return time.perf_counter() - start
+
+
+class CudaClock:
+    """CUDA events around the replay of a CUDA graph, so that the host's time to launch kernels does not count."""
+
+    def prepare(self, call: Call) -> Call:
+        """Capture ``call`` into a graph, after two calls that compile its kernels; returns the replay."""
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            call()
+            call()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            call()
+
+        def replay(kept: Call = call) -> None:  # the graph reads the tensors that ``call`` holds
+            graph.replay()
+
+        return replay
+
+    def seconds(self, call: Call) -> float:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        call()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) * 1e-3
+
+
+def machine(device: str = "cpu") -> dict[str, str | int]:
+    """What a figure needs beside it: CPU, instruction set, cores and the date (UTC); on "cuda" also the GPU."""
+    facts = _cpu()
+    if device == "cuda":
+        facts |= {"gpu": torch.cuda.get_device_name(), "cuda": str(torch.version.cuda)}
+    return facts
+
+
+def _cpu() -> dict[str, str | int]:
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return {
@@ -24,21 +85,23 @@ def machine() -> dict[str, str | int]:
     }
 
 
-def interleave(calls: Mapping[str, Callable[[], object]], rounds: int, warm_up: int = 1) -> dict[str, list[float]]:
-    """Seconds of each call in each round.
+def interleave(
+    calls: Mapping[str, Call], rounds: int, warm_up: int = 1, clock: Clock | None = None
+) -> dict[str, list[float]]:
+    """Seconds of each call in each round, by ``clock`` (default: :class:`CpuClock`).
 
     All calls run once per round, so that noise affects them alike, and in a new random order in each round, because
     what one call leaves in the caches speeds up or slows down the next one.
     """
+    clock = clock or CpuClock()
     samples: dict[str, list[float]] = {name: [] for name in calls}
     order, shuffle = list(calls), random.Random(0).shuffle
     for round_ in range(-warm_up, rounds):
         shuffle(order)
         for name in order:
-            start = time.perf_counter()
-            calls[name]()
+            seconds = clock.seconds(calls[name])
             if round_ >= 0:
-                samples[name].append(time.perf_counter() - start)
+                samples[name].append(seconds)
     return samples
 
 
@@ -61,7 +124,7 @@ def read_bandwidth(num_bytes: int = 1 << 29) -> float:
     current_platform.import_kernels()
     matrix = torch.randn(num_bytes // 4 // 4096, 4096)
     handler = ops.create_onednn_mm(matrix.t(), 32)
-    readers: dict[str, Callable[[], object]] = {
+    readers: dict[str, Call] = {
         str(num_rows): partial(ops.onednn_mm, handler, torch.randn(num_rows, 4096), None) for num_rows in (1, 4)
     }
     samples = interleave(readers | {"sum": matrix.sum}, 10)

@@ -94,7 +94,8 @@ Call = Callable[[Layer], Tensor]
 
 def draw_experts(num_experts: int, num_tokens: int, generator: torch.Generator) -> list[Tensor]:
     """Random experts of ``num_tokens`` tokens, each [T] int64; consecutive calls of a path cycle through them."""
-    return [torch.randint(num_experts, (num_tokens,), generator=generator) for _ in range(NUM_DRAWS)]
+    options = {"generator": generator, "device": generator.device}
+    return [torch.randint(num_experts, (num_tokens,), **options) for _ in range(NUM_DRAWS)]
 
 
 def call_with(path: Callable[[Any, Tensor, Tensor], Tensor], x: Tensor, draws: list[Tensor]) -> Callable[[Any], Tensor]:
@@ -113,10 +114,12 @@ def make_layers(shape: Shape, paths: tuple[str, ...]) -> list[Layer]:
     return [Layer(shape, generator, paths) for _ in range(count)]
 
 
-def limit_seconds(shape: Shape, layer: Layer, expert_ids: Tensor, bandwidth: float, rate: float) -> float:
-    """The time that no implementation can beat on this machine, for these tokens."""
+def limit_seconds(
+    shape: Shape, layer: Any, expert_ids: Tensor, bandwidth: float, rate: float, itemsize: int = 4
+) -> float:
+    """The time that no implementation can beat on this machine, for these tokens and the layer's experts."""
     union = int((layer.masks[expert_ids.unique()].sum(dim=0) > 0).sum())
-    num_bytes = 3 * 4 * shape.hidden_size * union
+    num_bytes = 3 * itemsize * shape.hidden_size * union
     operations = 2 * 3 * shape.hidden_size * float(layer.widths[expert_ids].sum())
     return max(num_bytes / bandwidth, operations / rate)
 
@@ -141,7 +144,7 @@ def bench_op(shape: Shape, paths: tuple[str, ...] = ("dense", "shared", "masked"
         row = {name: summary(values, 1e3) for name, values in samples.items()}
         limits = [limit_seconds(shape, layers[0], expert_ids, bandwidth, rate) for expert_ids in draws]
         rows.append({"num_tokens": num_tokens, "limit_ms": statistics.median(limits) * 1e3, "ms": row})
-        print(_line(rows[-1]), file=sys.stderr, flush=True)
+        print(op_line(rows[-1]), file=sys.stderr, flush=True)
     return {
         "num_layers_walked": len(layers),
         "num_threads": torch.get_num_threads(),
@@ -169,15 +172,20 @@ def rounds_of(shape: Shape, num_tokens: int) -> int:
 
 def check(calls: dict[str, Call], layer: Layer) -> None:
     """Raise ``RuntimeError`` if a path differs from the masked path (without it, from ToMoE's op)."""
-    results = {name: call(layer) for name, call in calls.items() if name != "dense"}
-    expected = results["masked" if "masked" in results else "shared"]
+    require_agreement({name: call(layer) for name, call in calls.items() if name != "dense"}, 1e-5)
+
+
+def require_agreement(results: dict[str, Tensor], limit: float) -> None:
+    """Raise ``RuntimeError`` if one of ``results`` differs from "masked" (without it, from "shared") by more."""
+    expected = results["masked" if "masked" in results else "shared"].float()
     for name, result in results.items():
         error = ((result - expected).square().mean().sqrt() / expected.square().mean().sqrt()).item()
-        if not error < 1e-5:
+        if not error < limit:
             raise RuntimeError(f"{name} differs from the masked path by {error:.1e} (relative RMS); nothing was timed")
 
 
-def _line(row: dict) -> str:
+def op_line(row: dict) -> str:
+    """The times of one number of tokens, for the terminal."""
     dense = row["ms"]["dense"]["median"]
     times = {name: value["median"] for name, value in row["ms"].items() if name != "dense"}
     parts = [f"dense {dense:.3f} ms", *(f"{name} {ms:.3f} ({dense / ms:.2f} x)" for name, ms in times.items())]

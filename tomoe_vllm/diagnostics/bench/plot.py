@@ -31,7 +31,8 @@ def write_plot(results: dict, file: Path) -> None:
         axis.axhline(1, color="grey", linewidth=1)
         axis.set_ylim(bottom=0)
     axes[0][0].set_ylabel("speed relative to dense")
-    figure.suptitle(f"{Path(results['model']).name}, p = {results['active_ratio']}, float32, CPU")
+    machine = results["machine"].get("gpu", "CPU")
+    figure.suptitle(f"{Path(results['model']).name}, p = {results['active_ratio']}, {results['dtype']}, {machine}")
     figure.tight_layout()
     figure.savefig(file, dpi=150)
     pyplot.close(figure)
@@ -42,8 +43,9 @@ def _plot_op(axis, op: dict) -> None:
     dense = [row["ms"]["dense"]["median"] for row in op["rows"]]
     for name in op["rows"][0]["ms"]:
         if name != "dense":
-            times = [row["ms"][name]["median"] for row in op["rows"]]
-            axis.plot(counts, [d / t for d, t in zip(dense, times, strict=True)], marker="o", label=name)
+            rows = [row for row in op["rows"] if name in row["ms"]]  # gather is for a few tokens only
+            ratios = [row["ms"]["dense"]["median"] / row["ms"][name]["median"] for row in rows]
+            axis.plot([row["num_tokens"] for row in rows], ratios, marker="o", label=name)
     limits = [d / row["limit_ms"] for d, row in zip(dense, op["rows"], strict=True)]
     axis.plot(counts, limits, linestyle="--", color="black", label="limit")
     axis.set_xlabel("tokens")

@@ -3,22 +3,29 @@
 import json
 import sys
 import tempfile
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoConfig
 
 from tomoe_vllm import __version__
+from tomoe_vllm.diagnostics.bench import setup
 from tomoe_vllm.diagnostics.bench.measure import machine
-from tomoe_vllm.diagnostics.bench.shapes import shape_of
+from tomoe_vllm.diagnostics.bench.shapes import Shape, shape_of
 from tomoe_vllm.hf.register import register_configs
 
 PARTS = ("op", "decode", "prefill", "memory")
-BASELINE = "the dense model with vLLM's compiled RMSNorm, as ToMoE runs it"
 
 
-def bench(only: list[str] | None, shape: str, model: Path | None, tomoe: Path | None, out: Path | None) -> dict:
+def bench(
+    only: list[str] | None,
+    shape: str,
+    model: Path | None,
+    tomoe: Path | None,
+    out: Path | None,
+    device: str | None = None,
+    order: str = "auto",
+) -> dict:
     """Measure the named parts and return the results, which ``tomoe bench`` prints as JSON.
 
     Args:
@@ -27,9 +34,12 @@ def bench(only: list[str] | None, shape: str, model: Path | None, tomoe: Path | 
         model: dense checkpoint to measure instead.
         tomoe: ToMoE checkpoint of ``model``; default one with random gates at p = 0.5.
         out: new folder for bench.json and bench.png.
+        device: "cpu" or "cuda"; default the one that vLLM runs on here.
+        order: of the two engines: "interleaved", "sequential", or "auto" (see ``setup.py``).
 
     Raises:
-        ValueError: unknown part or shape, ``tomoe`` without ``model``, or ``out`` exists.
+        ValueError: unknown part or shape, ``tomoe`` without ``model``, ``out`` exists, no such device here, or a model
+            that does not fit on the GPU.
     """
     parts = only or list(PARTS)
     for part in parts:
@@ -40,18 +50,17 @@ def bench(only: list[str] | None, shape: str, model: Path | None, tomoe: Path | 
         raise ValueError("--tomoe needs the dense model it was made from; add --model")
     if out is not None and out.exists():
         raise ValueError(f"--out {out} already exists; use a new folder")
+    device = setup.choose_device(device)
     results: dict[str, Any] = {"version": __version__, "model": str(model) if model else shape, "active_ratio": 0.5}
-    results["machine"] = machine()
+    results |= {"machine": machine(device), "device": device, "dtype": setup.DTYPES[device]}
     if tomoe is not None:
         register_configs()
         results["active_ratio"] = AutoConfig.from_pretrained(tomoe).active_ratio
     if "op" in parts:
-        from tomoe_vllm.diagnostics.bench.op import bench_op
-
         print(f"MLP op alone, shape {shape}, per layer; in brackets the speed relative to dense", file=sys.stderr)
-        results["op"] = {"shape": shape} | bench_op(named)
+        results["op"] = {"shape": shape} | _bench_op(device, named)
     if set(parts) - {"op"}:
-        _bench_engines(results, parts, shape, model, tomoe)
+        results |= _bench_engines(parts, device, order, shape, model, tomoe)
     if out is not None:
         out.mkdir(parents=True)
         (out / "bench.json").write_text(json.dumps(results, indent=1) + "\n")
@@ -61,24 +70,36 @@ def bench(only: list[str] | None, shape: str, model: Path | None, tomoe: Path | 
     return results
 
 
-def _bench_engines(results: dict, parts: list[str], shape: str, model: Path | None, tomoe: Path | None) -> None:
-    from tomoe_vllm.diagnostics.bench import engine
-    from tomoe_vllm.diagnostics.bench.checkpoints import write_dense, write_tomoe
+def _bench_op(device: str, shape: Shape) -> dict:
+    if device == "cuda":
+        from tomoe_vllm.diagnostics.bench.op_gpu import bench_op_gpu
 
-    with ExitStack() as stack:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="tomoe-bench-")))
+        return bench_op_gpu(shape)
+    from tomoe_vllm.diagnostics.bench.op import bench_op
+
+    return bench_op(shape)
+
+
+def _bench_engines(
+    parts: list[str], device: str, order: str, shape: str, model: Path | None, tomoe: Path | None
+) -> dict[str, Any]:
+    from tomoe_vllm.diagnostics.bench.checkpoints import write_dense, write_tomoe
+    from tomoe_vllm.diagnostics.bench.engine import bench_engines
+
+    with tempfile.TemporaryDirectory(prefix="tomoe-bench-") as folder:
         if model is None:
-            model = folder / "dense"
+            model = Path(folder, "dense")
             write_dense(shape_of(shape), model)
         if tomoe is None:
-            tomoe = folder / "tomoe"
+            tomoe = Path(folder, "tomoe")
             write_tomoe(model, tomoe)
-        results["baseline"] = BASELINE
-        print(f"in vLLM, float32; x is the speed of ToMoE relative to {BASELINE}", file=sys.stderr)
-        engines, loaded = stack.enter_context(engine.start_engines({"dense": model, "tomoe": tomoe}))
-        if "decode" in parts:
-            results["decode"] = engine.bench_decode(engines)
-        if "prefill" in parts:
-            results["prefill"] = engine.bench_prefill(engines)
-        if "memory" in parts:
-            results["memory"] = engine.bench_memory(engines, loaded)
+        folders = {"dense": model, "tomoe": tomoe}
+        engines = setup.engine_setup(device, folders, order)
+        how = "alternate" if engines.is_interleaved else "run one after the other"
+        print(
+            f"in vLLM on {device}, {setup.DTYPES[device]}; the engines {how}; x is the speed of ToMoE relative to "
+            f"{engines.baseline}",
+            file=sys.stderr,
+        )
+        facts = {key: getattr(engines, key) for key in ("baseline", "is_interleaved", "kv_cache_bytes")}
+        return facts | bench_engines(folders, parts, engines)

@@ -1,14 +1,18 @@
 """One vLLM engine in a process of its own, measured step by step over standard input and output.
 
-    python -m tomoe_vllm.diagnostics.bench.worker FOLDER
+    python -m tomoe_vllm.diagnostics.bench.worker FOLDER DEVICE ARGUMENTS
 
-:mod:`tomoe_vllm.diagnostics.bench.engine` starts one for the dense model and one for ToMoE. Each line on standard input
-is a JSON object and gets one JSON object on standard output:
+:mod:`tomoe_vllm.diagnostics.bench.engine` starts one for the dense model and one for ToMoE. ARGUMENTS are those of
+``vllm.LLM`` as JSON; ``setup.py`` has them for each DEVICE (cpu, cuda). Each line on standard input is a JSON object
+and gets one JSON object on standard output:
 
 ``{"prompt_tokens": n, "batch": b, "new_tokens": m}``
-    Start ``b`` sequences. ``first_s`` is the time until each of them has its first new token.
+    Start ``b`` sequences. ``first_s`` is the time until each of them has its first new token. With ``"is_finished"``
+    true, also generate the rest of all sequences, in ``rest_s`` seconds.
 ``{"step": 1}``
-    Generate one more token for every sequence, in ``step_s`` seconds.
+    Generate one more token for every sequence, in ``step_s`` seconds. Only without asynchronous scheduling.
+``{"path_of": n}``
+    ``path``: the execution path of ToMoE's MLP in a step of ``n`` tokens; null for a dense model.
 ``{"trim": 1}``
     Return freed memory to the system.
 ``{}``
@@ -19,23 +23,32 @@ Any of them may have ``"norm"``: the RMSNorm kernel from now on, see :func:`make
 
 import ctypes
 import json
+import logging
 import os
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-ENVIRONMENT = {
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the worker calls each step itself, to time it
-    "VLLM_CPU_KVCACHE_SPACE": "1",
-    "VLLM_CPU_NUM_OF_RESERVED_CPU": "0",
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    "VLLM_LOGGING_LEVEL": "WARNING",
-}
+if TYPE_CHECKING:
+    from torch import nn
 
 
-def memory() -> dict[str, int]:
-    """Bytes of this process: resident now, resident and not backed by files, and the peak of resident memory."""
+def memory(device: str) -> dict[str, int]:
+    """Bytes in use: of this process on "cpu", of torch's allocator on "cuda" (weights, KV cache, CUDA graphs).
+
+    cpu: resident now, resident and not backed by files, peak of resident memory. cuda: allocated now, reserved, and the
+    peak of what was allocated.
+    """
+    if device == "cuda":
+        import torch
+
+        return {
+            "allocated_bytes": torch.cuda.memory_allocated(),
+            "reserved_bytes": torch.cuda.memory_reserved(),
+            "peak_bytes": torch.cuda.max_memory_allocated(),
+        }
     names = {"VmRSS": "resident_bytes", "RssAnon": "anonymous_bytes", "VmHWM": "peak_bytes"}
     lines = (line.split() for line in Path("/proc/self/status").read_text().splitlines())
     return {names[line[0][:-1]]: int(line[1]) * 1024 for line in lines if line[0][:-1] in names}
@@ -67,32 +80,27 @@ def make_norm_switchable() -> Callable[[str], None]:
 
 
 class Worker:
-    """An engine on one checkpoint, in float32 and without prefix caching."""
+    """An engine on one checkpoint. On a CPU the norm of a dense model is switchable."""
 
-    def __init__(self, folder: str) -> None:
+    def __init__(self, folder: str, device: str, arguments: dict[str, Any]) -> None:
         import torch
         from vllm import LLM
 
-        self.select_norm = make_norm_switchable()
-        self.llm = LLM(
-            folder,
-            dtype="float32",
-            enforce_eager=True,
-            skip_tokenizer_init=True,
-            max_model_len=1536,
-            max_num_seqs=64,
-            max_num_batched_tokens=1024,
-            enable_prefix_caching=False,
-            disable_log_stats=True,
-            async_scheduling=False,
-        )
+        self.device = device
+        self.select_norm = make_norm_switchable() if device == "cpu" else None
+        self.llm = LLM(folder, **arguments)
         self.engine = self.llm.llm_engine
         self.vocab_size = self.engine.model_config.get_vocab_size()
         self.generator = torch.Generator().manual_seed(0)
         self.num_requests = 0
 
-    def start(self, prompt_tokens: int, batch: int, new_tokens: int) -> dict:
-        """Start greedy generation from ``batch`` random prompts at once."""
+    def start(self, prompt_tokens: int, batch: int, new_tokens: int, is_finished: bool = False) -> dict:
+        """Start greedy generation from ``batch`` random prompts at once; ``is_finished``: generate all tokens.
+
+        The host's clock is right on GPUs too: a request has a token once the token is in host memory. With asynchronous
+        scheduling the step after the first token runs already when it arrives, so ``rest_s`` is exactly the time of
+        ``new_tokens - 1`` steps: from the end of the first to the end of the last.
+        """
         import torch
         from vllm import SamplingParams
 
@@ -105,7 +113,12 @@ class Worker:
         started: set[str] = set()
         while len(started) < batch:
             started |= {output.request_id for output in self.engine.step()}
-        return {"first_s": time.perf_counter() - begin}
+        first = time.perf_counter()
+        if not is_finished:
+            return {"first_s": first - begin}
+        while self.engine.has_unfinished_requests():
+            self.engine.step()
+        return {"first_s": first - begin, "rest_s": time.perf_counter() - first}
 
     def step(self) -> dict:
         """Generate one more token for every sequence."""
@@ -113,28 +126,42 @@ class Worker:
         self.engine.step()
         return {"step_s": time.perf_counter() - begin}
 
+    def path(self, num_tokens: int) -> dict:
+        """Execution path of ToMoE's first MLP; None for a dense model."""
+
+        def ask(model: "nn.Module") -> str | None:
+            mlps = (module for module in model.modules() if hasattr(module, "step_path"))
+            return next((mlp.step_path(num_tokens) for mlp in mlps), None)
+
+        return {"path": self.llm.apply_model(ask)[0]}
+
     def run(self, task: dict) -> dict:
         """Carry out one line of standard input; returns the times it measured."""
         norm = task.pop("norm", None)
-        if norm is not None:
+        if norm is not None and self.select_norm is not None:
             self.select_norm(norm)
+        if "path_of" in task:
+            return self.path(task["path_of"])
         if "step" in task:
             return self.step()
         if "trim" in task:
-            ctypes.CDLL(None).malloc_trim(0)  # engine.ALLOCATOR makes glibc keep what is freed
+            ctypes.CDLL(None).malloc_trim(0)  # setup.CPU_ENVIRONMENT makes glibc keep what is freed
             return {}
         return self.start(**task) if task else {}
 
 
 def main() -> None:
     """Answer until standard input ends."""
-    os.environ.update(ENVIRONMENT)
+    folder, device, arguments = sys.argv[1:]
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # so that what vLLM prints is not read as an answer
-    worker = Worker(sys.argv[1])
-    print(json.dumps(memory()), file=answers, flush=True)
+    layout_logger = logging.getLogger("tomoe_vllm.layers.mlp.layout")  # says which layout ToMoE runs in, and why
+    layout_logger.setLevel(logging.INFO)
+    layout_logger.addHandler(logging.StreamHandler())
+    worker = Worker(folder, device, json.loads(arguments))
+    print(json.dumps(memory(device)), file=answers, flush=True)
     for line in sys.stdin:
-        print(json.dumps(worker.run(json.loads(line)) | memory()), file=answers, flush=True)
+        print(json.dumps(worker.run(json.loads(line)) | memory(device)), file=answers, flush=True)
     os._exit(0)  # vLLM's threads can outlive the interpreter, which then aborts
 
 
