@@ -1,8 +1,9 @@
 """Train, export, serve, query and measure ToMoE on a real model of 135M parameters. Run: make demo
 
 Everything is written to ./demo. The dense model is fetched once; a second run reuses it. Speed is measured with `tomoe
-bench`, engine against engine: the baseline is the dense model with the RMSNorm kernel that ToMoE runs, and the dense
-model as vLLM ships it is shown beside it. The last line on standard output is one JSON object with all figures.
+bench`, engine against engine; its baseline on CPUs is the dense model with the RMSNorm kernel that ToMoE runs, and the
+dense model as vLLM ships it is shown beside it. On a GPU everything runs in bfloat16, and the servers are compiled and
+use CUDA graphs (never run there so far). The last line on standard output is one JSON object with all figures.
 """
 
 import argparse
@@ -25,6 +26,8 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from tomoe_vllm.diagnostics.bench.setup import DTYPES, MAX_SHARE, choose_device
+
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
 SHIPPED_ADAPTER = ROOT / "adapters" / "smollm2-135m-p70"
@@ -38,6 +41,13 @@ PARITY_PROMPTS = [
     "Once upon a time there was a king who",
 ]
 START_LIMIT_S = 600
+SERVE_OPTIONS = {
+    "cpu": ["--dtype", DTYPES["cpu"], "--enforce-eager"],
+    "cuda": ["--dtype", DTYPES["cuda"], "--gpu-memory-utilization", str(MAX_SHARE)],  # as tomoe bench later
+}
+"""By the device that vLLM runs on."""
+# All cores for the model, and a small KV cache, so that the demo fits on small machines.
+SERVE_ENVIRONMENT = {"cpu": {"VLLM_CPU_NUM_OF_RESERVED_CPU": "0", "VLLM_CPU_KVCACHE_SPACE": "1"}, "cuda": {}}
 
 console = Console(stderr=True)
 
@@ -52,17 +62,16 @@ def run(*command: str) -> dict:
 
 
 @contextlib.contextmanager
-def serve(folder: Path, log: Path):
+def serve(folder: Path, log: Path, device: str):
     """Run ``vllm serve`` on a free loopback port; yields the process and its address, and stops it at the end."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = [
         BIN / "vllm", "serve", folder, "--trust-remote-code", "--host", "127.0.0.1", "--port", str(port),
-        "--served-model-name", folder.name, "--dtype", "float32", "--enforce-eager", "--max-model-len", "1024",
+        "--served-model-name", folder.name, "--max-model-len", "1024", *SERVE_OPTIONS[device],
     ]  # fmt: skip
-    # All cores for the model, and a small KV cache, so that the demo fits on small machines.
-    environment = os.environ | {"VLLM_CPU_NUM_OF_RESERVED_CPU": "0", "VLLM_CPU_KVCACHE_SPACE": "1"}
+    environment = os.environ | SERVE_ENVIRONMENT[device]
     with log.open("w") as stream:
         process = subprocess.Popen(command, stdout=stream, stderr=stream, env=environment, start_new_session=True)
     try:
@@ -95,14 +104,15 @@ def wait_until_ready(process: subprocess.Popen, address: str, log: Path) -> None
 
 
 @torch.inference_mode()
-def parity(folder: Path, client: OpenAI) -> float:
-    """Largest difference of prompt logprobs between the Hugging Face reference and the server."""
+def parity(folder: Path, client: OpenAI, device: str) -> float:
+    """Largest difference of prompt logprobs between the Hugging Face reference and the server, both in one dtype."""
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
-    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=DTYPES[device])
+    model = model.eval().to(device)
     worst = 0.0
     for prompt in PARITY_PROMPTS:
         ids = tokenizer(prompt).input_ids
-        expected = torch.log_softmax(model(torch.tensor([ids])).logits[0].float(), dim=-1)
+        expected = torch.log_softmax(model(torch.tensor([ids], device=device)).logits[0].float(), dim=-1).cpu()
         reply = client.completions.create(
             model=folder.name, prompt=ids, max_tokens=1, temperature=0, extra_body={"prompt_logprobs": 0}
         )
@@ -128,16 +138,17 @@ def train_and_export(model: Path, text: Path, adapter: Path, checkpoint: Path, i
     return trained
 
 
-def query(checkpoint: Path, log: Path) -> tuple[str, float]:
+def query(checkpoint: Path, log: Path, device: str) -> tuple[str, float]:
     """Serve the checkpoint with ``vllm serve``; returns its answer to QUESTION and its :func:`parity`."""
-    console.print(f"$ vllm serve {checkpoint.name} --trust-remote-code", style="bold")
-    with serve(checkpoint, log) as (process, address):
+    options = " ".join(["--trust-remote-code", *SERVE_OPTIONS[device]])
+    console.print(f"$ vllm serve {checkpoint.name} {options}", style="bold", highlight=False)
+    with serve(checkpoint, log, device) as (process, address):
         wait_until_ready(process, address, log)
         client = OpenAI(base_url=f"{address}/v1", api_key="none")
         reply = client.chat.completions.create(
             model=checkpoint.name, messages=[{"role": "user", "content": QUESTION}], max_tokens=48, temperature=0
         )
-        return reply.choices[0].message.content, parity(checkpoint, client)
+        return reply.choices[0].message.content, parity(checkpoint, client, device)
 
 
 def main() -> None:
@@ -163,7 +174,8 @@ def main() -> None:
         run("eval", "ppl", "--model", str(path), "--text", str(held_out), "--max-blocks", "12")["ppl"]
         for path in (model, checkpoint)
     )
-    answer, difference = query(checkpoint, folder / f"serve-{checkpoint.name}.log")
+    device = choose_device(None)
+    answer, difference = query(checkpoint, folder / f"serve-{checkpoint.name}.log", device)
     speed = run("bench", "--only", "decode", "--model", str(model), "--tomoe", str(checkpoint))
     result = {
         "dense_ppl": round(dense_ppl, 3),
@@ -174,6 +186,8 @@ def main() -> None:
         "resumed_from_shipped_adapter": is_resumed,
         "parity_max_logprob_diff": difference,
         "answer": answer,
+        "device": device,
+        "dtype": speed["dtype"],
         "baseline": speed["baseline"],
         "decode": speed["decode"],
     }
@@ -183,17 +197,21 @@ def main() -> None:
 
 def print_table(result: dict) -> None:
     table = Table(title=f"SmolLM2-135M-Instruct, dense and ToMoE at {ACTIVE_RATIO:.0%} active")
-    for column in ("", "dense", "ToMoE", "x", "dense, vLLM's own norm"):
+    has_own_norm = result["device"] == "cpu"
+    for column in ("", "dense", "ToMoE", "x", *(["dense, vLLM's own norm"] if has_own_norm else [])):
         table.add_column(column, justify="right" if column else "left")
     table.add_row("active block parameters", "100 %", f"{result['active_ratio']:.1%}")
     table.add_row("perplexity, held-out text", f"{result['dense_ppl']:.2f}", f"{result['tomoe_ppl']:.2f}")
     for row in result["decode"]:
-        dense, tomoe, shipped = (
-            f"{row['tokens_per_s'][name]['median']:.1f}" for name in ("dense", "tomoe", "dense_as_shipped")
-        )
-        table.add_row(f"decode, tokens/s, batch {row['batch']}", dense, tomoe, f"{row['ratio']:.2f}", shipped)
+        names = ["dense", "tomoe", *(["dense_as_shipped"] if has_own_norm else [])]
+        dense, tomoe, *shipped = (f"{row['tokens_per_s'][name]['median']:.1f}" for name in names)
+        table.add_row(f"decode, tokens/s, batch {row['batch']}", dense, tomoe, f"{row['ratio']:.2f}", *shipped)
     console.print(table)
-    console.print("x: ToMoE relative to dense with the same RMSNorm kernel; vLLM's own norm is plain torch on CPUs")
+    console.print(f"x: ToMoE relative to {result['baseline']}, in {result['dtype']}", highlight=False)
+    if has_own_norm:
+        console.print("vLLM's own norm is plain torch on CPUs")
+    paths = dict.fromkeys(row["path"] for row in result["decode"])
+    console.print(f"execution path of ToMoE's MLP: {', '.join(paths)}", highlight=False)
     start = "the shipped adapter" if result["resumed_from_shipped_adapter"] else "a warm start"
     console.print(f"trained {result['train_steps']} steps in {result['train_seconds']:.0f} s, from {start}")
     console.print(f"largest difference of logprobs, server and reference: {result['parity_max_logprob_diff']:.1e}")
