@@ -51,7 +51,7 @@ PUBLIC_VLLM = {
     "vllm.config": {"CacheConfig", "CompilationConfig", "VllmConfig", "get_current_vllm_config"},
     "vllm.distributed": {
         "get_pp_group", "get_tensor_model_parallel_rank", "get_tensor_model_parallel_world_size",
-        "tensor_model_parallel_all_reduce",
+        "get_tp_group", "tensor_model_parallel_all_reduce",
     },
     "vllm.model_executor.layers.attention": {"Attention"},
     "vllm.model_executor.layers.layernorm": {"RMSNorm"},

@@ -62,17 +62,29 @@ def bench(
 
 @app.command()
 def tune(
-    out: Annotated[
-        Path | None, typer.Option(help="Folder for this GPU's table. Default: the folder the kernels read.")
+    model: Annotated[
+        Path | None, typer.Option(help="Measure the layers of this model (dense or ToMoE). Default: --shape.")
     ] = None,
     shape: Shape = "7b-layer",
+    tensor_parallel_size: Annotated[int, typer.Option(min=1, help="As the server has it.")] = 1,
+    dtype: Annotated[
+        Literal["bfloat16", "float16"], typer.Option(help="The model's dtype on the server.")
+    ] = "bfloat16",
+    max_num_batched_tokens: Annotated[
+        int, typer.Option(min=8, help="Largest step to measure. Larger ones use the dense path.")
+    ] = 8192,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for the tables. Default: the folder the kernels read.")
+    ] = None,
 ) -> None:
     """Auto-tune the expert-MLP kernel dispatch for this GPU.
 
-    Measures from which number of tokens each kernel is the fastest, and stores these thresholds.
+    Measures from which number of tokens each kernel is faster than vLLM's dense MLP, checks its values at each of
+    them, and stores these thresholds. The exit code is 1 if a kernel is wrong; it is not used then.
     """
-    from tomoe_vllm.diagnostics.bench.shapes import shape_of
+    from tomoe_vllm.diagnostics.tune import layer_kinds
     from tomoe_vllm.diagnostics.tune import tune as run_tuning
-    from tomoe_vllm.kernels.expert_mlp.triton.dispatch import tuned_folder
 
-    print_result(run_tuning(shape_of(shape), out or tuned_folder()))
+    result = run_tuning(layer_kinds(model, shape, tensor_parallel_size, dtype), out, max_num_batched_tokens)
+    print_result(result)
+    raise typer.Exit(int(any(layer["failures"] for layer in result["layers"])))

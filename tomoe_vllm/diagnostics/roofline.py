@@ -14,6 +14,9 @@ L2_SPEEDUP = 2.2
 """L2 bandwidth over memory bandwidth. An assumption, not a measurement. Rows shared by experts are read once from
 memory, but once per expert from L2."""
 
+WORTH_IT = 0.97
+"""Least acceptable speed relative to the dense model: ``auto`` chooses nothing that is slower for a reachable step."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Chip:

@@ -34,7 +34,8 @@ from vllm.sequence import IntermediateTensors
 
 from tomoe_vllm.hf.configuration_tomoe import base_model_type
 from tomoe_vllm.layers.attention.attention import ToMoEAttention
-from tomoe_vllm.layers.mlp.layout import make_expert_mlp
+from tomoe_vllm.layers.compile_key import add_to_compile_key
+from tomoe_vllm.layers.mlp.layout import decide_layout, make_expert_mlp
 from tomoe_vllm.layers.mlp.shared import ToMoESharedMLP
 from tomoe_vllm.layers.norm import ToMoELayerNorm, ToMoERMSNorm
 from tomoe_vllm.models.loading import load_strictly
@@ -85,7 +86,7 @@ def _make_norm(config: PreTrainedConfig, family: Decoder) -> nn.Module:
 class ToMoEDecoderLayer(nn.Module):
     """One decoder block. Its state is a pair of tensors whose sum is the residual stream, as in vLLM's own models."""
 
-    def __init__(self, vllm_config: VllmConfig, prefix: str) -> None:
+    def __init__(self, vllm_config: VllmConfig, prefix: str, expert_layout: str) -> None:
         super().__init__()
         config = vllm_config.model_config.hf_config
         family, layer_idx = DECODERS[base_model_type(config)], extract_layer_index(prefix)
@@ -100,6 +101,7 @@ class ToMoEDecoderLayer(nn.Module):
             prefix=f"{prefix}.self_attn",
         )
         self.mlp = make_expert_mlp(
+            expert_layout,
             config,
             layer_idx,
             bias=_is_set(config, family.mlp_bias),
@@ -146,9 +148,10 @@ class ToMoEModel(nn.Module):
             self.embed_tokens = VocabParallelEmbedding(
                 config.vocab_size, config.hidden_size, quant_config=vllm_config.quant_config
             )
+        expert_layout = decide_layout(config, vllm_config.quant_config)
         self.start_layer, self.end_layer, self.layers = make_layers(
             config.num_hidden_layers,
-            lambda prefix: ToMoEDecoderLayer(vllm_config, prefix),
+            lambda prefix: ToMoEDecoderLayer(vllm_config, prefix, expert_layout),
             prefix=f"{prefix}.layers",
         )
         self.final_norm = family.final_norm
@@ -156,6 +159,7 @@ class ToMoEModel(nn.Module):
         self.make_empty_intermediate_tensors = make_empty_intermediate_tensors_factory(
             ["hidden_states", "residual"], config.hidden_size
         )
+        add_to_compile_key(vllm_config, expert_layout)
 
     def embed_input_ids(self, input_ids: torch.Tensor | None) -> torch.Tensor:
         return self.embed_tokens(input_ids)

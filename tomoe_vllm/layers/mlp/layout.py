@@ -5,9 +5,9 @@
     shared   one copy of the weights, one row per neuron; each token reads the rows of its expert only (``shared.py``)
     fused    vLLM's fused MoE with one matrix per expert, at several times the memory (``fused.py``)
 
-``expert_layout`` of the config chooses (``--hf-overrides '{"expert_layout": "masked"}'``). The default is ``auto``:
-:func:`choose_layout`. Within the shared layout ``kernels/expert_mlp/triton/dispatch.py`` chooses the GPU kernel of
-each step; CPUs have one kernel.
+``expert_layout`` of the config chooses (``--hf-overrides '{"expert_layout": "masked"}'``), once per model
+(:func:`decide_layout`). The default is ``auto``: :func:`choose_layout`. Within the shared layout
+``kernels/expert_mlp/triton/dispatch.py`` chooses the GPU kernel of each step; CPUs have one kernel.
 """
 
 import logging
@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig
 from vllm.config import get_current_vllm_config
+from vllm.distributed import get_tensor_model_parallel_world_size, get_tp_group
 from vllm.model_executor.layers.quantization import QuantizationConfig
 from vllm.platforms import current_platform
 
@@ -33,12 +34,38 @@ FUSED_MAX_DECODES = 2
 """Decoding this many tokens at once, one matrix per expert reads no more than the dense MLP (docs/performance.md)."""
 
 
-def choose_layout(config: PreTrainedConfig, quant_config: QuantizationConfig | None) -> tuple[str, str]:
-    """The layout to build for ``config.expert_layout``, and the reason in a few words.
+def decide_layout(config: PreTrainedConfig, quant_config: QuantizationConfig | None) -> str:
+    """The layout of all layers of the model that is being built: :func:`choose_layout`, logged once.
 
-    ``auto`` takes ``shared`` where it is available. Otherwise it takes ``fused`` on a GPU with enough free memory
-    that never decodes more than ``FUSED_MAX_DECODES`` sequences at once, and ``masked`` everywhere else. On a CPU
-    ``auto`` never takes ``fused``.
+    It is decided once per model, because the answer may change while layers are built: each takes memory that is free
+    for the fused layout. All tensor-parallel ranks use one layout. Where ``auto`` would choose different ones, because
+    the ranks are not equally free or not equally validated, it is ``masked``. Raises as :func:`choose_layout` does.
+    """
+    layout, reason = choose_layout(config, quant_config)
+    chosen = gather_from_ranks(layout)
+    if len(set(chosen)) > 1:
+        layout = "masked"
+        reason = f"the tensor-parallel ranks would choose different layouts ({', '.join(chosen)})"
+    logger.info("ToMoE expert layout: %s, because %s", layout, reason)
+    return layout
+
+
+def gather_from_ranks(value: str) -> list[str]:
+    """``value`` of every tensor-parallel rank."""
+    num_ranks = get_tensor_model_parallel_world_size()
+    if num_ranks == 1:
+        return [value]
+    values = [""] * num_ranks
+    torch.distributed.all_gather_object(values, value, group=get_tp_group().cpu_group)
+    return values
+
+
+def choose_layout(config: PreTrainedConfig, quant_config: QuantizationConfig | None) -> tuple[str, str]:
+    """The layout for ``config.expert_layout`` on this rank, and the reason in a few words.
+
+    ``auto`` takes ``shared`` where it is available and, on a GPU, where ``tomoe tune`` measured that it is worth it.
+    Otherwise it takes ``fused`` on a GPU with enough free memory that never decodes more than ``FUSED_MAX_DECODES``
+    sequences at once, and ``masked`` everywhere else. On a CPU ``auto`` never takes ``fused``.
 
     Raises ``ValueError`` for an unknown layout, or for one that is unavailable, with the reason.
     """
@@ -48,11 +75,13 @@ def choose_layout(config: PreTrainedConfig, quant_config: QuantizationConfig | N
     if layout == "auto":
         not_shared = why_not_shared(quant_config)
         if not_shared is None:
-            return "shared", "its kernels work here"
+            not_shared, gain = what_shared_gains(config)
+            if not_shared is None:
+                return "shared", gain
         not_fused = why_not_fused_in_auto(config, quant_config)
         if not_fused is None:
-            return "fused", f"shared is unavailable ({not_shared}) and there is enough free memory"
-        return "masked", f"shared is unavailable ({not_shared}), and so is fused ({not_fused})"
+            return "fused", f"not shared ({not_shared}), and there is enough free memory"
+        return "masked", f"not shared ({not_shared}) and not fused ({not_fused})"
     reason = None
     if layout == "shared":
         reason = why_not_shared(quant_config)
@@ -64,6 +93,7 @@ def choose_layout(config: PreTrainedConfig, quant_config: QuantizationConfig | N
 
 
 def make_expert_mlp(
+    layout: str,
     config: PreTrainedConfig,
     layer_idx: int,
     *,
@@ -71,14 +101,10 @@ def make_expert_mlp(
     quant_config: QuantizationConfig | None,
     prefix: str,
 ) -> nn.Module:
-    """Build the MLP of one layer in the layout of :func:`choose_layout`. The first layer logs the choice.
+    """Build the MLP of one layer in ``layout``, the one of :func:`decide_layout`.
 
-    Raises ``ValueError`` for a layout that is unknown or unavailable, an unsupported activation, or a tensor parallel
-    size that does not divide the neurons.
+    Raises ``ValueError`` for an unsupported activation, or a tensor parallel size that does not divide the neurons.
     """
-    layout, reason = choose_layout(config, quant_config)
-    if layer_idx == 0:
-        logger.info("ToMoE expert layout: %s, because %s", layout, reason)
     if layout == "shared":
         return ToMoESharedMLP(config, layer_idx, has_bias=bias, prefix=prefix)
     if layout == "fused":
@@ -100,7 +126,7 @@ def why_not_shared(quant_config: QuantizationConfig | None) -> str | None:
     if (reason := _why_only_vllm_linears(quant_config)) is not None:
         return reason
     if current_platform.is_cuda():
-        return why_not_shared_on_gpu(current_platform.get_device_name())
+        return why_not_shared_on_gpu()
     if not current_platform.is_cpu():
         return "it has no kernels for this platform"
     if (dtype := torch.get_default_dtype()) != torch.float32:
@@ -110,8 +136,9 @@ def why_not_shared(quant_config: QuantizationConfig | None) -> str | None:
     return None
 
 
-def why_not_shared_on_gpu(device: str) -> str | None:
-    """Why the shared layout is unavailable on the GPU ``device`` (torch's name). None: the GPU op is registered."""
+def why_not_shared_on_gpu() -> str | None:
+    """Why the shared layout is unavailable on the current GPU. None: the GPU op is registered."""
+    device = dispatch.device_name()
     validation = dispatch.read_validation(device)
     if validation is None:
         return f"its GPU kernels were not checked on this {device}; run: tomoe doctor"
@@ -119,6 +146,44 @@ def why_not_shared_on_gpu(device: str) -> str | None:
         return f"`tomoe doctor` found its GPU kernels wrong on this {device}: {validation.failures[0]}"
     dispatch.register()
     return None
+
+
+def what_shared_gains(config: PreTrainedConfig) -> tuple[str | None, str]:
+    """Why ``auto`` does not choose the available shared layout, or None; and what it gains, in a few words.
+
+    On a GPU its dense path saves nothing, so a tuned table must select a sparse path, in some layer, for a number of
+    tokens that this engine can reach.
+    """
+    if not current_platform.is_cuda():
+        return None, "its kernels work here"
+    engine = get_current_vllm_config()
+    speculative = engine.speculative_config
+    smallest = 1 + (speculative.num_speculative_tokens or 0 if speculative else 0)
+    largest = engine.scheduler_config.max_num_batched_tokens
+    shapes = sorted(set(layer_shapes(config)), key=lambda shape: shape.width)
+    ranges = [dispatch.load_thresholds(shape).sparse_range(smallest, largest) for shape in shapes]
+    gain = next(filter(None, ranges), None)
+    if gain is not None:
+        return None, f"`tomoe tune` measured on this {dispatch.device_name()} that it is faster: {gain}"
+    if any(dispatch.read_table(shape) for shape in shapes):
+        return f"`tomoe tune` found it no faster than dense for steps of {smallest} to {largest} tokens", ""
+    return f"it was not measured on this {dispatch.device_name()}; run: tomoe tune --model DIR", ""
+
+
+def layer_shapes(config: PreTrainedConfig) -> list[dispatch.LayerShape]:
+    """Shape of every layer on one tensor-parallel rank, by which tuned tables are found."""
+    tp_size = get_tensor_model_parallel_world_size()
+    return [
+        dispatch.LayerShape(
+            hidden_size=config.hidden_size,
+            num_neurons=config.intermediate_size // tp_size,
+            num_experts=config.num_experts,
+            width=-(-width // tp_size),
+            num_matrices=block_shape(config).num_mlp_matrices,
+            dtype=torch.get_default_dtype(),
+        )
+        for width in config.expert_intermediate_sizes
+    ]
 
 
 def why_not_fused(config: PreTrainedConfig, quant_config: QuantizationConfig | None) -> str | None:

@@ -11,7 +11,7 @@ from vllm.platforms import current_platform
 
 from tomoe_vllm.hf.configuration_tomoe import block_shape
 from tomoe_vllm.kernels.expert_mlp import ExpertWeights, expert_mlp
-from tomoe_vllm.kernels.expert_mlp.triton.dispatch import load_thresholds
+from tomoe_vllm.kernels.expert_mlp.triton.dispatch import LayerShape, load_thresholds
 from tomoe_vllm.kernels.expert_mlp.weight_layout import neuron_order
 from tomoe_vllm.layers.mlp.neuron_rows import NeuronRows
 from tomoe_vllm.layers.mlp.router import ToMoERouter
@@ -38,8 +38,9 @@ class ToMoESharedMLP(nn.Module):
 
     def step_path(self, num_tokens: int) -> str:
         """Execution path of a step of ``num_tokens``, as metrics name it: ``shared_`` and the op's path."""
-        is_gpu = self.expert_gate.widths.device.type == "cuda"
-        return f"shared_{load_thresholds().path(num_tokens) if is_gpu else 'rows'}"
+        if self.expert_gate.widths.device.type != "cuda":
+            return "shared_rows"
+        return f"shared_{load_thresholds(LayerShape.of(self.weights)).path(num_tokens)}"
 
     @property
     def projections(self) -> tuple[NeuronRows, NeuronRows]:

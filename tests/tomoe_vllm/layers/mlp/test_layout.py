@@ -12,8 +12,9 @@ from tomoe_vllm.kernels.expert_mlp.triton import dispatch
 
 @pytest.fixture
 def registered(monkeypatch, tmp_path):
-    """Calls of ``dispatch.register``; validation records are read from an empty folder."""
+    """Calls of ``dispatch.register`` on "Some GPU"; validation records are read from an empty folder."""
     monkeypatch.setenv("TOMOE_CACHE_ROOT", str(tmp_path))
+    monkeypatch.setattr(dispatch, "device_name", lambda: "Some GPU")
     calls = []
     monkeypatch.setattr(dispatch, "register", lambda: calls.append("register"))
     return calls
@@ -22,13 +23,28 @@ def registered(monkeypatch, tmp_path):
 def test_shared_layout_on_a_gpu_needs_a_successful_validation(registered):
     from tomoe_vllm.layers.mlp.layout import why_not_shared_on_gpu
 
-    assert "run: tomoe doctor" in why_not_shared_on_gpu("Some GPU")
+    assert "were not checked on this Some GPU; run: tomoe doctor" in why_not_shared_on_gpu()
     dispatch.write_validation("Some GPU", ["gather, 3 tokens: error 0.2 of 0.01"])
-    assert "gather, 3 tokens" in why_not_shared_on_gpu("Some GPU")
+    assert "gather, 3 tokens" in why_not_shared_on_gpu()
     assert registered == []
     dispatch.write_validation("Some GPU", [])
-    assert why_not_shared_on_gpu("Some GPU") is None
+    assert why_not_shared_on_gpu() is None
     assert registered == ["register"]
+
+
+def test_the_record_is_read_under_the_name_that_doctor_writes_under_mig(registered, monkeypatch):
+    """vLLM's platform gives NVML's name, the one of the whole GPU; torch gives that of the slice."""
+    from vllm.platforms import current_platform
+
+    from tomoe_vllm.layers.mlp.layout import why_not_shared
+
+    monkeypatch.setattr(type(current_platform), "is_cuda", lambda self: True)
+    monkeypatch.setattr(type(current_platform), "is_cpu", lambda self: False)
+    monkeypatch.setattr(type(current_platform), "get_device_name", lambda *arguments: "NVIDIA A100-SXM4-80GB")
+    monkeypatch.setattr(dispatch, "device_name", lambda: "NVIDIA A100-SXM4-80GB MIG 1g.10gb")
+    with_config(monkeypatch)
+    dispatch.write_validation(dispatch.device_name(), [])
+    assert why_not_shared(None) is None
 
 
 def test_importing_the_layout_does_not_import_triton_kernels():
@@ -36,6 +52,98 @@ def test_importing_the_layout_does_not_import_triton_kernels():
     code = "import sys, tomoe_vllm.kernels.expert_mlp.triton.dispatch; print('triton' in sys.modules)"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "False"
+
+
+def with_config(monkeypatch, *, max_num_seqs=64, max_num_batched_tokens=8192, num_speculative_tokens=None):
+    """Simulate the config of a running engine."""
+    from tomoe_vllm.layers.mlp import layout
+
+    scheduler = SimpleNamespace(max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens)
+    speculative = SimpleNamespace(num_speculative_tokens=num_speculative_tokens) if num_speculative_tokens else None
+    config = SimpleNamespace(lora_config=None, scheduler_config=scheduler, speculative_config=speculative)
+    monkeypatch.setattr(layout, "get_current_vllm_config", lambda: config)
+    monkeypatch.setattr(layout, "get_tensor_model_parallel_world_size", lambda: 1)
+
+
+@pytest.fixture
+def validated_gpu(registered, monkeypatch, tmp_path):
+    """A GPU on which ``tomoe doctor`` found the kernels right, without tuned tables."""
+    from vllm.platforms import current_platform
+
+    monkeypatch.setattr(type(current_platform), "is_cuda", lambda self: True)
+    monkeypatch.setattr(type(current_platform), "is_cpu", lambda self: False)
+    dispatch.write_validation("Some GPU", [])
+    dispatch.load_thresholds.cache_clear()
+    yield
+    dispatch.load_thresholds.cache_clear()
+
+
+def write_tables(config, **thresholds):
+    from tomoe_vllm.layers.mlp.layout import layer_shapes
+
+    for shape in layer_shapes(config):
+        dispatch.write_table(shape, dispatch.Thresholds(**thresholds))
+    dispatch.load_thresholds.cache_clear()
+
+
+def test_after_doctor_alone_auto_keeps_the_masked_layout(validated_gpu, monkeypatch):
+    from tomoe_vllm.layers.mlp.layout import choose_layout
+
+    with_config(monkeypatch)
+    layout, reason = choose_layout(tiny_config("llama"), None)
+    assert layout == "masked"
+    assert "it was not measured on this Some GPU; run: tomoe tune --model DIR" in reason
+    assert choose_layout(tiny_config("llama", expert_layout="shared"), None)[0] == "shared"
+
+
+@pytest.mark.parametrize(
+    ("thresholds", "engine", "layout", "words"),
+    [
+        pytest.param((3, 640, 8192), {}, "shared", "gather up to 3 tokens and grouped from 640 to 8192", id="both"),
+        pytest.param((0, 640, 8192), {}, "shared", "it is faster: grouped from 640 to 8192", id="grouped"),
+        pytest.param((0, 10**9, 8192), {}, "masked", "no faster than dense for steps of 1 to 8192", id="neither"),
+        pytest.param(
+            (0, 640, 8192), {"max_num_batched_tokens": 512}, "masked", "for steps of 1 to 512 tokens", id="small steps"
+        ),
+        pytest.param(
+            (3, 10**9, 8192), {"num_speculative_tokens": 3}, "masked", "for steps of 4 to 8192", id="speculation"
+        ),
+    ],
+)
+def test_auto_takes_shared_where_tune_measured_a_gain_for_a_reachable_step(
+    validated_gpu, monkeypatch, thresholds, engine, layout, words
+):
+    from tomoe_vllm.layers.mlp.layout import choose_layout
+
+    with_config(monkeypatch, **engine)
+    config = tiny_config("llama")
+    names = ("gather_tokens", "grouped_tokens", "max_tokens")
+    write_tables(config, **dict(zip(names, thresholds, strict=True)))
+    chosen, reason = choose_layout(config, None)
+    assert chosen == layout
+    assert words in reason
+
+
+def test_the_layout_is_decided_and_logged_once_per_model(monkeypatch, caplog):
+    """Free memory shrinks while layers are built, so a decision in each layer could mix layouts."""
+    from tomoe_vllm.layers.mlp import layout
+
+    answers = iter([("fused", "there is memory"), ("masked", "there is none any more")])
+    monkeypatch.setattr(layout, "choose_layout", lambda *arguments: next(answers))
+    monkeypatch.setattr(layout, "get_tensor_model_parallel_world_size", lambda: 1)
+    with caplog.at_level("INFO"):
+        assert layout.decide_layout(tiny_config("llama"), None) == "fused"
+    assert [record.message for record in caplog.records] == ["ToMoE expert layout: fused, because there is memory"]
+
+
+def test_ranks_that_would_choose_different_layouts_take_masked(monkeypatch, caplog):
+    from tomoe_vllm.layers.mlp import layout
+
+    monkeypatch.setattr(layout, "choose_layout", lambda *arguments: ("fused", "there is memory"))
+    monkeypatch.setattr(layout, "gather_from_ranks", lambda value: [value, "masked"])
+    with caplog.at_level("INFO"):
+        assert layout.decide_layout(tiny_config("llama"), None) == "masked"
+    assert "the tensor-parallel ranks would choose different layouts (fused, masked)" in caplog.text
 
 
 @pytest.fixture
@@ -93,8 +201,7 @@ def test_auto_takes_fused_only_for_few_sequences_and_with_free_memory(monkeypatc
 
     from tomoe_vllm.layers.mlp import layout
 
-    config = SimpleNamespace(lora_config=None, scheduler_config=SimpleNamespace(max_num_seqs=max_num_seqs))
-    monkeypatch.setattr(layout, "get_current_vllm_config", lambda: config)
+    with_config(monkeypatch, max_num_seqs=max_num_seqs)
     monkeypatch.setattr(layout, "fused_parameters", lambda config: 2**20)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (free_bytes, free_bytes))
     monkeypatch.setattr(type(current_platform), "is_cuda", lambda self: True)

@@ -1,5 +1,7 @@
 """Dispatch on GPUs: thresholds, choice of the path, and the validation record."""
 
+import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,11 +13,16 @@ from tomoe_vllm import kernels
 from tomoe_vllm.kernels.expert_mlp.reference import expert_mlp_reference
 from tomoe_vllm.kernels.expert_mlp.triton import dispatch
 from tomoe_vllm.kernels.expert_mlp.triton.dispatch import (
+    DENSE_ONLY,
+    LayerShape,
     Thresholds,
     device_name,
     load_thresholds,
+    read_table,
     read_validation,
+    table_file,
     validation_file,
+    write_table,
     write_validation,
 )
 from tomoe_vllm.kernels.expert_mlp.weight_layout import neuron_lists
@@ -25,32 +32,127 @@ DEVICE = "NVIDIA A100-SXM4-80GB"
 
 
 # ------------------------------------------------------------------------------------------------------ thresholds
+SHAPE = LayerShape(hidden_size=64, num_neurons=128, num_experts=8, width=64, num_matrices=3, dtype=torch.bfloat16)
+TUNED = Thresholds(gather_tokens=3, grouped_tokens=640, max_tokens=8192)
+
+
 @pytest.fixture
-def thresholds_file(monkeypatch, tmp_path):
-    """The file of this device's thresholds, in a folder of its own."""
+def tables(monkeypatch, tmp_path):
+    """An empty folder of tuned tables."""
     monkeypatch.setenv("TOMOE_TUNED_CONFIG_FOLDER", str(tmp_path))
     load_thresholds.cache_clear()
-    yield tmp_path / f"{device_name()}.json"
+    yield tmp_path
     load_thresholds.cache_clear()
 
 
-def test_thresholds_of_this_device_are_read_from_the_named_folder(thresholds_file):
-    thresholds_file.write_text('{"gather_tokens": 3, "grouped_tokens": 5}')
-    assert load_thresholds() == Thresholds(gather_tokens=3, grouped_tokens=5)
+def test_a_layer_that_was_not_tuned_uses_the_dense_path_for_every_step(tables):
+    assert load_thresholds(SHAPE) == DENSE_ONLY
+    assert {DENSE_ONLY.path(num_tokens) for num_tokens in (1, 3, 640, 8192, 10**8)} == {"dense"}
+
+
+def test_thresholds_are_read_from_the_named_folder(tables):
+    file = write_table(SHAPE, TUNED)
+    assert [file] == list(tables.iterdir())
+    assert load_thresholds(SHAPE) == TUNED
 
 
 @pytest.mark.parametrize(
-    "content",
+    "other",
     [
-        pytest.param('{"gather_tokens": 3}', id="a key is missing"),
-        pytest.param('{"gather_tokens": 3, "grouped_tokens": -1}', id="negative"),
-        pytest.param('{"gather_tokens": 3, "grouped_tokens": 1.5}', id="not an integer"),
+        {"hidden_size": 65},
+        {"num_neurons": 64},
+        {"num_experts": 4},
+        {"num_matrices": 2},
+        {"dtype": torch.float16},
+    ],
+    ids=lambda other: next(iter(other)),
+)
+def test_a_table_applies_to_its_own_shape_only(tables, other):
+    write_table(SHAPE, TUNED)
+    assert load_thresholds(replace(SHAPE, **other)) == DENSE_ONLY
+
+
+def test_a_table_applies_to_its_own_device_only(tables, monkeypatch):
+    write_table(SHAPE, TUNED)
+    monkeypatch.setattr(dispatch, "device_name", lambda: "NVIDIA H100 80GB HBM3")
+    assert load_thresholds(SHAPE) == DENSE_ONLY
+
+
+@pytest.mark.parametrize(
+    ("width", "gather_tokens"),
+    [
+        pytest.param(20, 4, id="narrower than any: the narrowest"),
+        pytest.param(32, 4, id="as measured"),
+        pytest.param(33, 4, id="wider by less than the ranks' unevenness"),
+        pytest.param(40, 2, id="in between: the next wider"),
+        pytest.param(68, 2, id="wider than the widest, by the ranks' unevenness"),
+        pytest.param(69, 0, id="wider than any: never"),
     ],
 )
-def test_invalid_thresholds_are_refused(thresholds_file, content):
-    thresholds_file.write_text(content)
-    with pytest.raises(ValueError, match="it must hold gather_tokens, grouped_tokens"):
-        load_thresholds()
+def test_a_layer_uses_the_entry_of_the_next_wider_experts(tables, width, gather_tokens):
+    write_table(replace(SHAPE, width=64), replace(TUNED, gather_tokens=2))
+    write_table(replace(SHAPE, width=32), replace(TUNED, gather_tokens=4))
+    assert load_thresholds(replace(SHAPE, width=width)).gather_tokens == gather_tokens
+
+
+def test_tables_of_other_kernels_are_ignored_and_replaced(tables, monkeypatch):
+    write_table(replace(SHAPE, width=32), TUNED)
+    monkeypatch.setattr(dispatch, "kernel_digest", lambda: "of another version")
+    assert load_thresholds(SHAPE) == DENSE_ONLY
+    write_table(SHAPE, TUNED)
+    assert set(read_table(SHAPE)) == {SHAPE.width}
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        pytest.param({"gather_tokens": 3, "grouped_tokens": 5}, id="a key is missing"),
+        pytest.param({"gather_tokens": 3, "grouped_tokens": -1, "max_tokens": 9}, id="negative"),
+        pytest.param({"gather_tokens": 3, "grouped_tokens": 1.5, "max_tokens": 9}, id="not an integer"),
+        pytest.param([], id="no object"),
+    ],
+)
+def test_invalid_tables_are_refused(tables, values):
+    content = {"kernels": dispatch.kernel_digest(), "widths": {"64": values}}
+    table_file(SHAPE).write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="it must hold kernels, and widths with gather_tokens, grouped_tokens"):
+        load_thresholds(SHAPE)
+
+
+def test_the_largest_checked_step_bounds_grouped():
+    assert [TUNED.path(n) for n in (1, 3, 4, 639, 640, 8192, 8193)] == [
+        *("gather", "gather", "dense", "dense", "grouped", "grouped", "dense"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("smallest", "largest", "words"),
+    [
+        (1, 8192, "gather up to 3 tokens and grouped from 640 to 8192 tokens"),
+        (1, 512, "gather up to 3 tokens"),
+        (5, 2048, "grouped from 640 to 2048 tokens"),  # speculative decoding: no step is as small as gather's
+        (5, 512, None),
+    ],
+)
+def test_sparse_range_names_the_steps_that_an_engine_can_reach(smallest, largest, words):
+    assert TUNED.sparse_range(smallest, largest) == words
+
+
+def test_shape_of_weights_is_the_one_of_the_rank():
+    _, _, weights = make_arguments(1)
+    assert LayerShape.of(weights) == LayerShape(
+        hidden_size=8, num_neurons=12, num_experts=4, width=weights.neuron_ids.shape[1], num_matrices=3,
+        dtype=torch.float32,
+    )  # fmt: skip
+
+
+def test_a_mig_slice_is_a_device_of_its_own(monkeypatch):
+    """Torch names the slice and NVML the whole GPU; records and tables are written and read under torch's name."""
+    name = "NVIDIA A100-SXM4-80GB MIG 1g.10gb"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: name)
+    assert device_name() == name
+    assert "MIG_1g_10gb" in table_file(SHAPE).name
 
 
 # ------------------------------------------------------------------------------------------------------------- op
@@ -78,7 +180,7 @@ def launched(monkeypatch):
     monkeypatch.setattr(gather, "expert_mlp_gather", reference_for("gather"))
     monkeypatch.setattr(grouped, "expert_mlp_grouped", reference_for("grouped"))
     monkeypatch.setattr(activation_triton, "expert_activation_triton", activation)
-    monkeypatch.setattr(dispatch, "load_thresholds", lambda: Thresholds(gather_tokens=3, grouped_tokens=640))
+    monkeypatch.setattr(dispatch, "load_thresholds", lambda shape: TUNED)
     return names
 
 
@@ -127,18 +229,6 @@ def test_the_registered_op_gets_the_fields_in_the_order_of_the_schema(launched, 
     output = registered[op, key](*(arguments[name] for name in names))
     assert launched == ["dense"]
     assert_close(output, expert_mlp_reference(hidden_states, expert_ids, weights))
-
-
-def test_a_bad_thresholds_file_is_refused_when_the_op_is_registered(tmp_path, monkeypatch):
-    monkeypatch.setenv(dispatch.FOLDER_VARIABLE, str(tmp_path))
-    (tmp_path / f"{dispatch.device_name()}.json").write_text('{"gather": 3}')
-    monkeypatch.setattr(dispatch, "LIBRARY", None)  # it must not be reached
-    dispatch.load_thresholds.cache_clear()
-    try:
-        with pytest.raises(ValueError, match="it must hold gather_tokens, grouped_tokens"):
-            dispatch.register.__wrapped__()
-    finally:
-        dispatch.load_thresholds.cache_clear()
 
 
 # ------------------------------------------------------------------------------------------------ validation record

@@ -1,0 +1,67 @@
+"""vLLM's compile caches tell apart what shapes ToMoE's graph: layout and thresholds, with real engines.
+
+CUDA's compile mode (VLLM_COMPILE with inductor, artifacts on disk) is forced on the CPU platform.
+"""
+
+import dataclasses
+
+import pytest
+
+from tests.helpers.tiny_models import save_tiny_model
+from tests.parity.conftest import max_logprob_difference, start_engine
+from tests.parity.test_compile import TWO_LAYERS
+from tests.parity.test_families import LOGPROB_LIMIT
+from tomoe_vllm.kernels import build
+from tomoe_vllm.kernels.expert_mlp.triton import dispatch
+
+pytestmark = [pytest.mark.engine, pytest.mark.slow]
+
+
+@pytest.fixture(autouse=True)
+def compile_mode_of_cuda(monkeypatch, tmp_path):
+    from vllm.compilation.passes.utility.fix_functionalization import FixFunctionalizationPass
+    from vllm.config import CompilationMode
+    from vllm.platforms.cpu import CpuPlatform
+
+    on_cpu = CpuPlatform.check_and_update_config.__func__
+
+    def check_and_update_config(cls, config):
+        on_cpu(cls, config)
+        compilation = config.compilation_config
+        compilation.mode, compilation.backend = CompilationMode.VLLM_COMPILE, "inductor"
+        for field in dataclasses.fields(compilation.pass_config):  # passes for CUDA's fused ops
+            if isinstance(getattr(compilation.pass_config, field.name), bool):
+                object.__setattr__(compilation.pass_config, field.name, False)
+        compilation.splitting_ops = compilation.splitting_ops or list(compilation._attention_ops)
+
+    monkeypatch.setattr(CpuPlatform, "check_and_update_config", classmethod(check_and_update_config))
+    monkeypatch.setattr(FixFunctionalizationPass, "__call__", lambda self, graph: None)  # it names ops of CUDA
+    monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def run(tmp_path, prompts):
+    """``run(layout)``: serve a few prompts -> (whether the graph was loaded from disk, folders of stored graphs)."""
+    model = save_tiny_model(tmp_path / "model", "llama", **TWO_LAYERS)
+    artifacts = tmp_path / "cache" / "torch_compile_cache" / "torch_aot_compile"
+
+    def start(layout: str) -> tuple[bool, int]:
+        options = {"enforce_eager": False, "hf_overrides": {"expert_layout": layout}}
+        with start_engine(tmp_path / "model", **options) as engine:
+            is_loaded = engine.inspect(lambda model: model.model.was_aot_compile_fn_loaded_from_disk)
+            assert max_logprob_difference(model, engine.complete(prompts[:4])) < LOGPROB_LIMIT
+        return is_loaded, len(list(artifacts.iterdir()))
+
+    return start
+
+
+def test_layout_and_thresholds_have_graphs_of_their_own_and_equal_settings_share_one(run, monkeypatch):
+    if build.compiler() is None:
+        pytest.skip("no C++ compiler")
+    assert run("masked") == (False, 1)
+    assert run("shared") == (False, 2)  # as after `tomoe doctor`
+    tuned = dispatch.Thresholds(gather_tokens=3, grouped_tokens=640, max_tokens=8192)
+    with monkeypatch.context() as patch:
+        patch.setattr(dispatch, "load_thresholds", lambda shape: tuned)
+        assert run("shared") == (False, 3)  # as after `tomoe tune`
+        assert run("shared") == (True, 3)
