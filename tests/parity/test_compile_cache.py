@@ -33,6 +33,7 @@ def compile_mode_of_cuda(monkeypatch, tmp_path):
             if isinstance(getattr(compilation.pass_config, field.name), bool):
                 object.__setattr__(compilation.pass_config, field.name, False)
         compilation.splitting_ops = compilation.splitting_ops or list(compilation._attention_ops)
+        compilation.compile_sizes = compilation.compile_sizes or []
 
     monkeypatch.setattr(CpuPlatform, "check_and_update_config", classmethod(check_and_update_config))
     monkeypatch.setattr(FixFunctionalizationPass, "__call__", lambda self, graph: None)  # it names ops of CUDA

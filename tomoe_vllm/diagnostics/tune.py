@@ -9,44 +9,35 @@ finds that the shared layout is not worth it, and the tables of ``kernels/expert
 import json
 import math
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
 from tomoe_vllm.diagnostics.bench.shapes import shape_of
+from tomoe_vllm.diagnostics.device import CudaDevice, Device
+from tomoe_vllm.diagnostics.layers import layer_of
 from tomoe_vllm.diagnostics.roofline import WORTH_IT, MLPShape
 from tomoe_vllm.kernels.expert_mlp.triton.dispatch import (
     DENSE_ONLY,
     NEVER,
     LayerShape,
     Thresholds,
-    expert_mlp_cuda,
     write_table,
 )
-from tomoe_vllm.kernels.ops import ExpertTensors
 
 FEW_TOKENS = tuple(range(1, 9))
 """Sizes at which gather is measured: it reads the rows of each token, so more are hopeless."""
 MANY_TOKENS = (16, 32, 64, 128, 192, 256, 384, 512, 640, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192, 12288, 16384)
 """Sizes at which grouped is measured: all rows of ``grouped_config``, and around the size that the cost model
 predicts."""
+NUM_TOKENS = tuple(size for size in (*FEW_TOKENS, *MANY_TOKENS) if size <= 8192)
+"""Sizes that are measured by default; ``tomoe doctor`` checks all of them."""
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 SHARES = 8
 """Widths of experts are rounded up to a multiple of 1 / SHARES of the neurons: a model has other widths in each layer,
 and a table of a wider expert serves narrower ones."""
-BYTES_BETWEEN_REUSE = 512 << 20
-"""Weights that a measurement reads before it reads the same ones again: several times the L2 cache of any GPU, as in a
-model, whose other layers come in between."""
-MIN_COPIES = 4
-"""Layers per measurement, each with its own draw of the tokens' experts."""
-
-Timer = Callable[[Sequence[Callable[[], Tensor]]], float]
-"""Seconds of one call, from calls that run one after the other."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,10 +51,12 @@ class LayerKind:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Measurement:
-    """``seconds``: by path ("gather", "dense", "grouped", and "vllm" for the baseline) and number of tokens.
-    ``failures``: by path and number of tokens, how the values differ from the reference."""
+    """Results by path ("gather", "dense" and "grouped") and number of tokens.
 
-    seconds: dict[str, dict[int, float]]
+    ``ms``: milliseconds, also of the baseline ("vllm"). ``failures``: how the values differ from the reference.
+    """
+
+    ms: dict[str, dict[int, float]]
     failures: dict[tuple[str, int], str]
 
 
@@ -78,9 +71,8 @@ def layer_kinds(model: Path | None, shape: str, tensor_parallel_size: int, dtype
     Raises ``ValueError`` for an unsupported model, or a tensor parallel size that does not divide the neurons.
     """
     if model is not None:
-        from tomoe_vllm.diagnostics.doctor import model_layer
-
-        mlp, activation, has_bias = model_layer(model)
+        layer = layer_of(model)
+        mlp, activation, has_bias = layer.mlp, layer.activation, layer.has_bias
         config = json.loads((model / "config.json").read_text())
         widths = config.get("expert_intermediate_sizes") or [mlp.width]
     else:
@@ -117,13 +109,13 @@ def best(measurement: Measurement) -> tuple[Thresholds, str]:
     and at all measured sizes on its side: gather at all smaller ones, grouped at all larger ones. The result is
     ``DENSE_ONLY`` unless a sparse path beats vLLM's dense MLP somewhere and no size is slower than ``WORTH_IT`` allows.
     """
-    seconds, sizes = measurement.seconds, sorted(measurement.seconds["vllm"])
+    ms, sizes = measurement.ms, sorted(measurement.ms["vllm"])
     if wrong := [key for key in measurement.failures if key[0] == "dense"]:
         return DENSE_ONLY, f"not worth it: the dense path is wrong at {wrong[0][1]} tokens"
 
     def is_better(path: str, size: int) -> bool:
         is_right = (path, size) not in measurement.failures
-        return is_right and seconds[path].get(size, math.inf) < seconds["dense"][size]
+        return is_right and ms[path].get(size, math.inf) < ms["dense"][size]
 
     gather, grouped = 0, NEVER
     for size in sizes:
@@ -135,7 +127,7 @@ def best(measurement: Measurement) -> tuple[Thresholds, str]:
             break
         grouped = size
     thresholds = Thresholds(gather_tokens=gather, grouped_tokens=grouped, max_tokens=sizes[-1])
-    gains = {size: seconds["vllm"][size] / seconds[thresholds.path(size)][size] for size in sizes}
+    gains = {size: ms["vllm"][size] / ms[thresholds.path(size)][size] for size in sizes}
     slowest = min(sizes, key=lambda size: gains[size])
     fastest = max((s for s in sizes if thresholds.path(s) != "dense"), key=lambda size: gains[size], default=None)
     if fastest is None or gains[fastest] <= 1:
@@ -148,28 +140,27 @@ def best(measurement: Measurement) -> tuple[Thresholds, str]:
 def tune(kinds: list[LayerKind], folder: Path | None, max_tokens: int) -> dict:
     """Measure every kind of layer on this GPU, and write its thresholds to the table in ``folder``.
 
-    Returns the files, and per kind the thresholds, the reason, the seconds and the failed checks. Raises ``ValueError``
-    without a GPU: CPUs have one path for every number of tokens.
+    Returns the files, and per kind the thresholds, the reason, the milliseconds and the failed checks. Raises
+    ``ValueError`` without a GPU: CPUs have one path for every number of tokens.
     """
     if not torch.cuda.is_available():
         raise ValueError("tomoe tune needs a GPU; CPUs have one execution path for every number of tokens")
-    files, results = set(), []
+    files, results, device = set(), [], CudaDevice()
     for kind in kinds:
-        measurement = measure(kind, token_counts(max_tokens), graph_seconds, "cuda")
+        measurement = measure(kind, token_counts(max_tokens), device)
         thresholds, reason = best(measurement)
         files.add(str(write_table(kind.shape, thresholds, folder)))
         failures = list(measurement.failures.values())
         print(f"experts of {kind.shape.width} of {kind.shape.num_neurons} neurons: {reason}", file=sys.stderr)
         shape = asdict(kind.shape) | {"dtype": str(kind.shape.dtype).removeprefix("torch.")}
         results.append(
-            {"shape": shape, "reason": reason, "seconds": measurement.seconds, "failures": failures}
-            | asdict(thresholds)
+            {"shape": shape, "reason": reason, "ms": measurement.ms, "failures": failures} | asdict(thresholds)
         )
     return {"files": sorted(files), "layers": results}
 
 
-def measure(kind: LayerKind, sizes: Iterable[int], timer: Timer, device: str) -> Measurement:
-    """Check and time every path at every size, on random layers."""
+def measure(kind: LayerKind, sizes: Iterable[int], device: Device) -> Measurement:
+    """Check and time every path at every size, on a random layer whose tokens are spread evenly over the experts."""
     from tomoe_vllm.diagnostics.kernel_checks import Layer, run_check
 
     shape = kind.shape
@@ -181,57 +172,17 @@ def measure(kind: LayerKind, sizes: Iterable[int], timer: Timer, device: str) ->
         num_matrices=shape.num_matrices,
         itemsize=shape.dtype.itemsize,
     )
-    layer = Layer.random(mlp, kind.activation, kind.has_bias, shape.dtype, device)
+    layer = Layer.random(mlp, kind.activation, kind.has_bias, shape.dtype, device.type)
     # As in the model, where masks have its dtype.
     layer = replace(layer, weights=replace(layer.weights, masks=layer.weights.masks.to(shape.dtype)))
-    copies = copies_of(layer.weights, max(MIN_COPIES, math.ceil(BYTES_BETWEEN_REUSE / mlp.weight_bytes)))
-    transposed = [weights.down.T.contiguous() for weights in copies]  # [D, F], as vLLM stores W_down
-    ones = torch.ones(1, shape.num_neurons, dtype=torch.uint8, device=device)
-    generator = torch.Generator(device).manual_seed(0)
-    result = Measurement(seconds={path: {} for path in ("vllm", "dense", "gather", "grouped")}, failures={})
+    result = Measurement(ms={path: {} for path in ("vllm", "dense", "gather", "grouped")}, failures={})
     for size in sizes:
-        x = torch.randn(size, shape.hidden_size, generator=generator, device=device).to(shape.dtype)
-        ids = [torch.randint(shape.num_experts, (size,), generator=generator, device=device) for _ in copies]
-        no_ids = torch.zeros_like(ids[0])
         for path in ("dense", "gather" if size in FEW_TOKENS else "grouped"):
-            check = run_check(layer, path, size, "random", None)
+            check = run_check(layer, path, size, "evenly", device)
             if not check.agrees:
                 result.failures[path, size] = check.describe()
                 print(check.describe(), file=sys.stderr)
-            if check.error is None:
-                calls = [partial(expert_mlp_cuda, x, own, w, path) for own, w in zip(ids, copies, strict=True)]
-                result.seconds[path][size] = timer(calls)
-        baseline = [partial(dense_mlp, x, w, d, no_ids, ones) for w, d in zip(copies, transposed, strict=True)]
-        result.seconds["vllm"][size] = timer(baseline)
+            if check.ms is not None and check.dense_ms is not None:
+                result.ms[path][size], result.ms["vllm"][size] = check.ms, check.dense_ms
         print(f"{size} tokens measured", file=sys.stderr)
     return result
-
-
-def copies_of(weights: ExpertTensors, number: int) -> list[ExpertTensors]:
-    """``weights``, and ``number`` - 1 copies of it in other memory."""
-    others = [replace(weights, up=weights.up.clone(), down=weights.down.clone()) for _ in range(number - 1)]
-    return [weights, *others]
-
-
-def dense_mlp(x: Tensor, weights: ExpertTensors, down: Tensor, no_ids: Tensor, ones: Tensor) -> Tensor:
-    """The dense MLP of T tokens as vLLM runs it: two GEMMs of cuBLAS around one kernel for the activation.
-
-    ``down``: W_down, [D, F]. ``no_ids`` [T] zeros and ``ones`` [1, F]: a mask that keeps all neurons, of one expert.
-    """
-    from tomoe_vllm.kernels.expert_activation.triton import expert_activation_triton
-
-    projected = F.linear(x, weights.up, weights.up_bias)
-    return F.linear(expert_activation_triton(projected, no_ids, ones, weights.activation), down)
-
-
-def graph_seconds(calls: Sequence[Callable[[], Tensor]]) -> float:
-    """Seconds of one call: all of them in one CUDA graph, its median time over their number."""
-    from tomoe_vllm.diagnostics.kernel_checks import capture, median_ms
-
-    def run() -> Tensor:
-        for call in calls:
-            output = call()
-        return output
-
-    graph, _ = capture(run)
-    return 1e-3 * median_ms(graph) / len(calls)

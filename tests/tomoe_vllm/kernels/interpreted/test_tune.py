@@ -1,11 +1,11 @@
-"""The measurements of ``tomoe tune``: its calls are real, in the interpreter; times are simulated."""
+"""The measurements of ``tomoe tune``: its kernels run in the interpreter; times are simulated."""
 
 import pytest
 import torch
 
-from tomoe_vllm.diagnostics import tune
+from tomoe_vllm.diagnostics import kernel_checks
+from tomoe_vllm.diagnostics.device import InterpretedDevice
 from tomoe_vllm.diagnostics.tune import LayerKind, best, measure
-from tomoe_vllm.kernels.expert_mlp.reference import expert_mlp_reference
 from tomoe_vllm.kernels.expert_mlp.triton import grouped
 from tomoe_vllm.kernels.expert_mlp.triton.dispatch import DENSE_ONLY, LayerShape
 
@@ -17,32 +17,46 @@ def poisoned_buffers():
     """Disabled here: ``kernel_checks`` poisons new memory itself."""
 
 
-@pytest.fixture(autouse=True)
-def few_copies(monkeypatch):
-    monkeypatch.setattr(tune, "BYTES_BETWEEN_REUSE", 1)
-    monkeypatch.setattr(tune, "MIN_COPIES", 2)
+class SimulatedDevice(InterpretedDevice):
+    """A dense step takes 1 ms, and one of ``gather`` or ``grouped`` half of it, or ``sparse_ms``."""
+
+    def __init__(self, monkeypatch, sparse_ms: float = 0.5) -> None:
+        self.path: str | None = None
+        self.sparse_ms = sparse_ms
+        run = kernel_checks.expert_mlp_cuda
+
+        def recorded(x, ids, weights, path):
+            self.path = path
+            return run(x, ids, weights, path)
+
+        monkeypatch.setattr(kernel_checks, "expert_mlp_cuda", recorded)
+
+    def capture(self, run):
+        self.path = None
+        return super().capture(run)
+
+    def milliseconds(self, graph, rounds=20) -> float:
+        return self.sparse_ms if self.path in ("gather", "grouped") else 1.0
 
 
-def kind(num_matrices=3, dtype=torch.float16) -> LayerKind:
-    shape = LayerShape(hidden_size=40, num_neurons=56, num_experts=4, width=28, num_matrices=num_matrices, dtype=dtype)
+def kind(num_matrices=3) -> LayerKind:
+    shape = LayerShape(
+        hidden_size=40, num_neurons=56, num_experts=4, width=28, num_matrices=num_matrices, dtype=torch.float16
+    )
     is_phi = num_matrices == 2
     return LayerKind(shape=shape, activation="gelu_new" if is_phi else "silu", has_bias=is_phi)
 
 
-def simulated(calls) -> float:
-    """Run the calls; gather and grouped take half the time of dense."""
-    for call in calls:
-        call()
-    return 0.5 if calls[0].args[-1] in ("gather", "grouped") else 1.0
-
-
 @pytest.mark.parametrize("num_matrices", [3, 2])
-def test_every_path_is_checked_and_timed_at_every_size(num_matrices):
-    measurement = measure(kind(num_matrices), SIZES, simulated, "cpu")
+def test_every_path_is_checked_and_timed_at_every_size(num_matrices, monkeypatch):
+    measurement = measure(kind(num_matrices), SIZES, SimulatedDevice(monkeypatch))
     assert measurement.failures == {}
-    assert {path: list(times) for path, times in measurement.seconds.items()} == {
-        "vllm": [1, 2, 20, 40], "dense": [1, 2, 20, 40], "gather": [1, 2], "grouped": [20, 40],
-    }  # fmt: skip
+    assert measurement.ms == {
+        "vllm": dict.fromkeys(SIZES, 1.0),
+        "dense": dict.fromkeys(SIZES, 1.0),
+        "gather": {1: 0.5, 2: 0.5},
+        "grouped": {20: 0.5, 40: 0.5},
+    }
     thresholds, _ = best(measurement)
     assert (thresholds.gather_tokens, thresholds.grouped_tokens, thresholds.max_tokens) == (2, 20, 40)
 
@@ -50,7 +64,7 @@ def test_every_path_is_checked_and_timed_at_every_size(num_matrices):
 def test_a_wrong_kernel_is_found_and_not_chosen(monkeypatch):
     right = grouped.expert_mlp_grouped
     monkeypatch.setattr(grouped, "expert_mlp_grouped", lambda *arguments: right(*arguments) * 1.05)
-    measurement = measure(kind(), SIZES, simulated, "cpu")
+    measurement = measure(kind(), SIZES, SimulatedDevice(monkeypatch))
     assert set(measurement.failures) == {("grouped", 20), ("grouped", 40)}
     thresholds, _ = best(measurement)
     assert thresholds.path(2) == "gather"
@@ -62,24 +76,23 @@ def test_a_kernel_that_does_not_run_is_a_failure(monkeypatch):
         raise RuntimeError("out of resources")
 
     monkeypatch.setattr(grouped, "expert_mlp_grouped", fails)
-    measurement = measure(kind(), SIZES, simulated, "cpu")
+    measurement = measure(kind(), SIZES, SimulatedDevice(monkeypatch))
     assert "out of resources" in measurement.failures["grouped", 20]
-    assert measurement.seconds["grouped"] == {}
+    assert measurement.ms["grouped"] == {}
     assert best(measurement)[0].gather_tokens == 2
 
 
-def test_the_baseline_is_the_dense_mlp():
-    shape, x = kind().shape, torch.randn(3, 40, dtype=torch.float32)
-    from tomoe_vllm.diagnostics.kernel_checks import Layer, relative_rms
-    from tomoe_vllm.diagnostics.roofline import MLPShape
+def test_tokens_are_spread_evenly_over_the_experts(monkeypatch):
+    """A random draw of two tokens may use one expert only, which would make gather look faster than it is."""
+    drawn = []
+    run = kernel_checks.expert_mlp_cuda
+    monkeypatch.setattr(
+        kernel_checks, "expert_mlp_cuda", lambda x, ids, *others: drawn.append(ids.clone()) or run(x, ids, *others)
+    )
+    measure(kind(), [3], SimulatedDevice(monkeypatch))
+    assert {len(set(ids.tolist())) for ids in drawn} == {3}
 
-    mlp = MLPShape(hidden_size=40, num_neurons=56, width=28, num_experts=shape.num_experts)
-    layer = Layer.random(mlp, "silu", False, torch.float32, "cpu")
-    ids = torch.zeros(3, dtype=torch.int64)
-    actual = tune.dense_mlp(x, layer.weights, layer.weights.down.T.contiguous(), ids, torch.ones(1, 56))
-    assert max(relative_rms(actual, expert_mlp_reference(x, ids, layer.dense.to(torch.float32)))) < 1e-5
 
-
-def test_nothing_gained_means_dense_only():
-    measurement = measure(kind(), SIZES, lambda calls: 1.0, "cpu")
+def test_nothing_gained_means_dense_only(monkeypatch):
+    measurement = measure(kind(), SIZES, SimulatedDevice(monkeypatch, sparse_ms=1.0))
     assert best(measurement)[0] == DENSE_ONLY
