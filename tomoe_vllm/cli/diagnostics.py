@@ -7,7 +7,7 @@ import typer
 
 from tomoe_vllm.cli.app import app, mark_engine_run, print_result
 
-Shape = Annotated[Literal["135m", "1b", "7b-layer"], typer.Option(help="Shape of a random model.")]
+Shape = Annotated[Literal["135m", "1b", "7b", "7b-layer"], typer.Option(help="Shape of a random model.")]
 
 
 @app.command()

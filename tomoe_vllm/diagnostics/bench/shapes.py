@@ -1,6 +1,6 @@
 """Model shapes that can be measured: LLaMA-like, with random weights."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,11 +38,10 @@ SHAPES = {
         vocab_size=49_152,
     ),
     "1b": Shape(hidden_size=2048, intermediate_size=5632, num_layers=22, num_heads=32, num_kv_heads=4, head_dim=64),
-    "7b-layer": Shape(
-        hidden_size=4096, intermediate_size=11_008, num_layers=1, num_heads=32, num_kv_heads=32, head_dim=128
-    ),
+    "7b": Shape(hidden_size=4096, intermediate_size=11_008, num_layers=32, num_heads=32, num_kv_heads=32, head_dim=128),
 }
-"""SmolLM2-135M, TinyLlama-1.1B, one layer of LLaMA-2-7B."""
+SHAPES["7b-layer"] = replace(SHAPES["7b"], num_layers=1)
+"""SmolLM2-135M, TinyLlama-1.1B, LLaMA-2-7B (13 GB), and one layer of it."""
 
 
 def shape_of(name: str) -> Shape:

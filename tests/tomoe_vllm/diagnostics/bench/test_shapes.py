@@ -10,5 +10,5 @@ def test_shape_of_7b_layer_has_the_bytes_of_the_paper():
 
 
 def test_unknown_shape_is_an_error_that_lists_the_known():
-    with pytest.raises(ValueError, match="shape is '2b'; it must be one of 135m, 1b, 7b-layer"):
+    with pytest.raises(ValueError, match="shape is '2b'; it must be one of 135m, 1b, 7b, 7b-layer"):
         shape_of("2b")
