@@ -6,12 +6,13 @@ of the weights. Quantization and LoRA do not apply: both work on vLLM's linears 
 
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
+from vllm.config import get_current_vllm_config
 from vllm.distributed import get_tensor_model_parallel_world_size, tensor_model_parallel_all_reduce
 from vllm.platforms import current_platform
 
 from tomoe_vllm.hf.configuration_tomoe import block_shape
 from tomoe_vllm.kernels.expert_mlp import ExpertWeights, expert_mlp
-from tomoe_vllm.kernels.expert_mlp.triton.dispatch import LayerShape, load_thresholds
+from tomoe_vllm.kernels.expert_mlp.triton.dispatch import LayerShape, load_thresholds, warm_up
 from tomoe_vllm.kernels.expert_mlp.weight_layout import neuron_order
 from tomoe_vllm.layers.mlp.neuron_rows import NeuronRows
 from tomoe_vllm.layers.mlp.router import ToMoERouter
@@ -29,6 +30,7 @@ class ToMoESharedMLP(nn.Module):
         self.has_bias = has_bias
         self.is_gated = block_shape(config).num_mlp_matrices == 3
         self.tp_size = get_tensor_model_parallel_world_size()
+        self.max_tokens = get_current_vllm_config().scheduler_config.max_num_batched_tokens
         self.expert_gate = ToMoERouter(config, layer_idx, f"{prefix}.expert_gate")
         sizes = config.hidden_size, config.intermediate_size
         first, second = ("gate_up_proj", "down_proj") if self.is_gated else ("fc1", "fc2")
@@ -56,15 +58,18 @@ class ToMoESharedMLP(nn.Module):
         return ExpertWeights(up.weight.data, up_bias, down.weight.data, *lists, self.activation)
 
     def finish_loading(self) -> None:
-        """Permute the neurons after loading so that each expert's rows form few runs, which CPUs read faster.
+        """Prepare for the first step after loading.
 
-        Not on a GPU: experts share tiles in L2 in any order there, and no order was measured.
+        On a CPU: permute the neurons so that each expert's rows form few runs, which are read faster. Not on a GPU:
+        experts share tiles in L2 in any order there, and no order was measured. On a GPU: compile the kernels.
         """
         if current_platform.is_cpu():
             order = neuron_order(self.expert_gate.expert_masks)
             for rows in (self.expert_gate, *self.projections):
                 rows.reorder(order)
         self.weights = self._weights()
+        if self.weights.up.is_cuda:
+            warm_up(self.weights, self.max_tokens)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """MLP of T tokens: [T, D] -> [T, D]."""

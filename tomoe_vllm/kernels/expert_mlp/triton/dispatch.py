@@ -221,6 +221,40 @@ def expert_mlp_cuda(
     return expert_activation_triton(projected, expert_ids, weights.masks, weights.activation) @ weights.down
 
 
+def warm_up_sizes(weights: ExpertTensors, max_tokens: int) -> list[int]:
+    """Numbers of tokens, up to ``max_tokens``, that between them launch every kernel binary of this layer.
+
+    A binary depends on the tile sizes, on the sizes and strides of the tensors, and on whether T * D is a multiple of
+    16 (gather). All sizes of gather are named, one of the dense path, and one for each configuration of grouped.
+    """
+    from tomoe_vllm.kernels.expert_mlp.triton.grouped import config_of
+
+    thresholds, sizes = load_thresholds(LayerShape.of(weights)), {}
+    for num_tokens in range(max_tokens, 0, -1):
+        path = thresholds.path(num_tokens)
+        kind = num_tokens if path == "gather" else config_of(weights, num_tokens) if path == "grouped" else None
+        sizes[path, kind] = num_tokens
+    return sorted(sizes.values())
+
+
+_warmed_up: set[tuple] = set()
+
+
+def warm_up(weights: ExpertTensors, max_tokens: int) -> None:
+    """Compile what steps of up to ``max_tokens`` tokens launch, so that no request waits for a compiler.
+
+    vLLM runs a few numbers of tokens before it serves, which are not all that differ here. Layers of a shape that was
+    warmed up in this process are skipped. Call it outside the capture of a CUDA graph.
+    """
+    key = LayerShape.of(weights), weights.activation, weights.up_bias is None, weights.up.device, max_tokens
+    if key in _warmed_up:
+        return
+    for num_tokens in warm_up_sizes(weights, max_tokens):
+        hidden_states = weights.up.new_zeros(num_tokens, weights.up.shape[1])
+        expert_mlp_cuda(hidden_states, torch.zeros(num_tokens, dtype=torch.int64, device=weights.up.device), weights)
+    _warmed_up.add(key)
+
+
 @cache
 def register() -> None:
     """Make :func:`expert_mlp_cuda` the implementation of ``tomoe::expert_mlp`` for CUDA tensors."""

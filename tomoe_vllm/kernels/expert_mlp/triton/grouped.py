@@ -281,18 +281,22 @@ def group_tokens(expert_ids: Tensor, num_experts: int, block_m: int) -> Groups:
     return slots, block_experts, num_blocks
 
 
+def config_of(weights: ExpertTensors, num_tokens: int) -> GroupedConfig:
+    """:func:`grouped_config` for ``num_tokens`` on the device of ``weights``; on others than CUDA that of an A100."""
+    up = weights.up
+    capability = torch.cuda.get_device_capability(up.device) if up.is_cuda else (8, 0)
+    return grouped_config(num_tokens, weights.neuron_ids.shape[0], capability, up.element_size())
+
+
 def expert_mlp_grouped(
     hidden_states: Tensor, expert_ids: Tensor, weights: ExpertTensors, config: GroupedConfig | None = None
 ) -> Tensor:
     """The expert MLP of many tokens. Arguments and result: :func:`.dispatch.expert_mlp_cuda`, which checks them.
 
-    ``config``: by default that of :func:`grouped_config` for the number of tokens and the tensors' device.
+    ``config``: by default that of :func:`config_of`.
     """
     num_tokens, num_experts = hidden_states.shape[0], weights.neuron_ids.shape[0]
-    if config is None:
-        is_cuda = hidden_states.is_cuda
-        capability = torch.cuda.get_device_capability(hidden_states.device) if is_cuda else (8, 0)
-        config = grouped_config(num_tokens, num_experts, capability, hidden_states.element_size())
+    config = config or config_of(weights, num_tokens)
     assert config.up_block_n % config.down_block_k == 0
     if num_tokens == 0:
         return torch.empty_like(hidden_states)
