@@ -1,8 +1,8 @@
-"""The dtype of the frozen base on different hardware."""
+"""Device of a command, and dtypes on different hardware."""
 
 import pytest
 import torch
-from tomoe_training.dtypes import has_fast_bfloat16, training_dtype
+from tomoe_training.dtypes import default_device, evaluation_dtype, has_fast_bfloat16, training_dtype
 
 
 @pytest.mark.parametrize(
@@ -16,3 +16,24 @@ def test_bfloat16_is_chosen_where_the_hardware_multiplies_it_fast(units, is_fast
     assert training_dtype("auto", cpu) == (torch.bfloat16 if is_fast else torch.float32)
     assert training_dtype("float32", cpu) == torch.float32
     assert has_fast_bfloat16(torch.device("cuda"))
+
+
+def test_command_runs_on_the_gpu_if_there_is_one(monkeypatch):
+    for is_available, expected in ((True, "cuda"), (False, "cpu")):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda value=is_available: value)
+        assert default_device().type == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "stored", "device", "expected"),
+    [
+        ("auto", torch.bfloat16, "cpu", "float32"),
+        ("auto", torch.bfloat16, "cuda", "bfloat16"),
+        ("auto", torch.float32, "cuda", "float32"),
+        ("auto", None, "cuda", "float32"),
+        ("float32", torch.bfloat16, "cuda", "float32"),
+        ("bfloat16", torch.float32, "cpu", "bfloat16"),
+    ],
+)
+def test_dtype_of_an_evaluation(name, stored, device, expected):
+    assert evaluation_dtype(name, stored, torch.device(device)) == expected

@@ -23,3 +23,14 @@ def test_long_run_prints_about_twenty_lines(capsys):
 
 def test_other_ranks_print_nothing(capsys):
     assert _run(10, capsys, is_on=False).err == ""
+
+
+def test_steps_without_terms_print_nothing(capsys):
+    """The loss of a step is read from the device every ``log_every`` steps only."""
+    with TrainProgress(100, 0, is_on=True) as progress:
+        for step in range(1, 101):
+            progress.advance(step)
+            if step % 30 == 0 or step == 100:
+                progress.update(step, TERMS, 1.0)
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert [line.split(":")[0] for line in lines] == [f"step {step}/100" for step in (30, 60, 90, 100)]

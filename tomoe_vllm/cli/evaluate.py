@@ -34,7 +34,7 @@ def eval_ppl(
     block_size: BlockSize = 1024,
     max_blocks: MaxBlocks = 40,
     backend: Backend = "hf",
-    dtype: Dtype = "float32",
+    dtype: Dtype = "auto",
     record: Annotated[
         bool, typer.Option("--record", help="Also write the result into the checkpoint's README.md.")
     ] = False,
@@ -67,7 +67,7 @@ def eval_tasks(
     ] = None,
     limit: Annotated[int | None, typer.Option(help="Evaluate only this many rows of each task.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Batch size for hf (default: 8); vllm ignores it.")] = None,
-    dtype: Dtype = "float32",
+    dtype: Dtype = "auto",
     chat_template: Annotated[
         bool, typer.Option("--chat-template", help="Format prompts with the model's chat template.")
     ] = False,
@@ -93,7 +93,9 @@ def eval_tasks(
     if backend == "vllm":
         mark_engine_run()
     print_table(
-        f"{model} ({backend}, {dtype})", ["task", "shots", "rows", "metric", "value"], score_rows(facts["tasks"])
+        f"{model} ({backend}, {facts['dtype']})",
+        ["task", "shots", "rows", "metric", "value"],
+        score_rows(facts["tasks"]),
     )
     print_result(facts)
 

@@ -12,7 +12,10 @@ from typer.core import TyperCommand
 Out = Annotated[Path, typer.Option(help="Folder to write; must not exist yet.", show_default=False)]
 Base = Annotated[Path, typer.Option(help="Folder of the dense model.")]
 Model = Annotated[Path, typer.Option(help="Folder of a dense model or a ToMoE checkpoint.")]
-Dtype = Annotated[Literal["float32", "bfloat16", "float16"], typer.Option(help="Dtype of the weights.")]
+Dtype = Annotated[
+    Literal["auto", "float32", "bfloat16", "float16"],
+    typer.Option(help="Dtype of the weights; auto: as stored on a GPU, float32 on a CPU."),
+]
 Backend = Annotated[Literal["hf", "vllm"], typer.Option(help="hf (the reference model) or vllm.")]
 BlockSize = Annotated[int, typer.Option(help="Tokens per block.")]
 MaxBlocks = Annotated[int | None, typer.Option(help="Blocks to score; 0 scores all.")]

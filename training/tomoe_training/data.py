@@ -150,10 +150,13 @@ class InterleavedBlocks:
 
 
 @torch.no_grad()
-def sample_from_model(model, tokenizer, *, num_tokens: int, length: int, seed: int, batch_size: int = 16) -> list[str]:
+def sample_from_model(
+    model, tokenizer, *, num_tokens: int, length: int, seed: int, batch_size: int = 16, is_sharded: bool = False
+) -> list[str]:
     """Text sampled from the dense model at temperature 1, starting with its BOS (or EOS) token.
 
-    Self-distillation on it needs no data. Returns documents with about ``num_tokens`` tokens in total.
+    Self-distillation on it needs no data. Returns documents with about ``num_tokens`` tokens in total. All processes
+    must call it for a sharded model; rounding may give them other texts.
     """
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     if start is None:
@@ -165,7 +168,7 @@ def sample_from_model(model, tokenizer, *, num_tokens: int, length: int, seed: i
             ids = torch.full((batch_size, 1), start, device=model.device)
             out = model.generate(
                 ids, attention_mask=torch.ones_like(ids), do_sample=True, top_k=0, top_p=1.0, temperature=1.0,
-                max_new_tokens=length, pad_token_id=tokenizer.pad_token_id or start,
+                max_new_tokens=length, pad_token_id=tokenizer.pad_token_id or start, synced_gpus=is_sharded,
             )  # fmt: skip
             texts += tokenizer.batch_decode(out, skip_special_tokens=True)
     return [text for text in texts if text.strip()]

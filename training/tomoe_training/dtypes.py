@@ -1,6 +1,13 @@
-"""Dtypes of training on different hardware."""
+"""Device of a command, and dtypes on different hardware."""
 
 import torch
+
+EVALUATION_DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+def default_device() -> torch.device:
+    """The device of a command that runs in one process: the current GPU, or else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def has_fast_bfloat16(device: torch.device) -> bool:
@@ -19,3 +26,10 @@ def training_dtype(name: str, device: torch.device) -> torch.dtype:
     if name == "auto":
         name = "bfloat16" if has_fast_bfloat16(device) else "float32"
     return getattr(torch, name)
+
+
+def evaluation_dtype(name: str, stored: torch.dtype | None, device: torch.device) -> str:
+    """Name of the dtype to evaluate in: ``auto`` is float32 on CPUs, and the ``stored`` dtype on GPUs."""
+    if name != "auto":
+        return name
+    return "float32" if device.type == "cpu" or stored is None else str(stored).removeprefix("torch.")

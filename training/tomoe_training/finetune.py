@@ -40,7 +40,7 @@ from tomoe_training.artifacts.safetensors_io import (
 )
 from tomoe_training.config import LEARNING_RATES, FinetuneConfig
 from tomoe_training.data import InterleavedBlocks, load_documents, pack
-from tomoe_training.dtypes import has_fast_bfloat16
+from tomoe_training.dtypes import default_device, has_fast_bfloat16
 from tomoe_training.evaluation.perplexity import load_model
 from tomoe_training.method.losses import language_model_loss
 from tomoe_training.progress import TrainProgress
@@ -65,7 +65,7 @@ def finetune(checkpoint: Path, config: FinetuneConfig, out: Path) -> dict[str, A
         tokenizer = AutoTokenizer.from_pretrained(checkpoint)
         sources = [load_documents(source, config.text_column) for source in config.data]
         packed = [pack(documents, tokenizer, config.sequence_length) for documents in sources]
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = default_device()
         # Full weights need float32 masters: a step of 2e-5 is below the precision of bfloat16.
         is_half = config.method == "lora" and has_fast_bfloat16(device)
         model = load_model(checkpoint, torch.bfloat16 if is_half else torch.float32).to(device)

@@ -8,7 +8,6 @@ ends with the same weights.
 import contextlib
 import dataclasses
 import json
-import math
 import time
 from pathlib import Path
 from typing import Any
@@ -17,15 +16,15 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, DistributedType
 from torch import Tensor
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
-from transformers import AutoModelForCausalLM, AutoTokenizer, get_scheduler
+from transformers import AutoTokenizer, get_scheduler
 
 from tomoe_training.artifacts.adapter import Adapter, AdapterConfig
 from tomoe_training.artifacts.atomic import write_text
 from tomoe_training.artifacts.export import check_base, load_base_config
 from tomoe_training.artifacts.provenance import provenance
 from tomoe_training.artifacts.safetensors_io import fingerprint, stored_tensors
+from tomoe_training.artifacts.training_state import check_state
+from tomoe_training.base_model import load_base, use_causal_attention
 from tomoe_training.budget import Widths
 from tomoe_training.config import RunConfig
 from tomoe_training.data import InterleavedBlocks, load_documents, pack, sample_from_model
@@ -35,7 +34,8 @@ from tomoe_training.method.student import Student
 from tomoe_training.process_setup import hide_progress_bars, release_memory
 from tomoe_training.progress import TrainProgress
 from tomoe_training.run_folder import RunFolder
-from tomoe_training.warm_start.initialization import warm_start
+from tomoe_training.terms import TermHistory
+from tomoe_training.warm_start.initialization import assist_warm_start, warm_start
 from tomoe_vllm.hf.configuration_tomoe import base_model_type
 
 SELF_TEXT_LENGTH = 256
@@ -72,16 +72,6 @@ def make_scheduler(config: RunConfig, optimizer: torch.optim.Optimizer):
     )
 
 
-def check_finite(terms: dict[str, float], step: int) -> None:
-    """Raise ``FloatingPointError`` with all terms of the loss if one of them is not finite."""
-    if not all(map(math.isfinite, terms.values())):
-        listed = ", ".join(f"{name} {value:.4g}" for name, value in terms.items())
-        raise FloatingPointError(
-            f"the loss is not finite at step {step + 1}: {listed}. The last checkpoint is kept; lower "
-            "learning_rate, set max_grad_norm, or use dtype float32"
-        )
-
-
 class _Run:
     def __init__(self, config: RunConfig, out: Path):
         self.config, self.out, self.files = config, out, RunFolder(out)
@@ -106,17 +96,19 @@ class _Run:
         hide_progress_bars()
         torch.manual_seed(config.seed)
         self.dtype = training_dtype(config.dtype, self.accelerator.device)
-        base = AutoModelForCausalLM.from_pretrained(self.base_folder, config=base_config, dtype=self.dtype)
-        self.base = base.eval().to(self.accelerator.device)
+        self.is_sharded = config.shard_base and self.accelerator.num_processes > 1
+        self.base = load_base(
+            self.base_folder, base_config, self.dtype, self.accelerator.device, is_sharded=self.is_sharded
+        )
         if config.gradient_checkpointing:
             self._checkpoint_layers()
         self.tokenizer = AutoTokenizer.from_pretrained(self.base_folder)
         self._check_tokenizer(base_config)
         self.blocks = self._load_blocks()
+        use_causal_attention(self.base, config.sequence_length)
         self.student = Student(self.base, config).to(self.accelerator.device)
-        if config.shard_base and self.accelerator.num_processes > 1:
-            self._shard_base()
         self.base_hash = fingerprint(self.base_folder)
+        self.terms = TermHistory()
 
     # -------------------------------------------------------------------------------------------------------- set-up
     def _divide_batch(self) -> None:
@@ -146,15 +138,6 @@ class _Run:
             elif hasattr(module, "attention_dropout"):
                 module.attention_dropout = 0.0
 
-    def _shard_base(self) -> None:
-        """Shard every decoder layer over the processes (FSDP2). A layer is gathered only while it computes.
-
-        Embeddings, final norm and lm_head are not sharded: the distillation loss reads the weight of lm_head.
-        """
-        mesh = init_device_mesh(self.accelerator.device.type, (self.accelerator.num_processes,))
-        for layer in self.base.model.layers:
-            fully_shard(layer, mesh=mesh)
-
     def _check_tokenizer(self, base_config) -> None:
         if len(self.tokenizer) > base_config.vocab_size:
             raise ValueError(
@@ -165,27 +148,37 @@ class _Run:
     def _load_blocks(self) -> InterleavedBlocks:
         config, sources = self.config, []
         for source in config.data:
+            if source == "self" and self.is_sharded:
+                self._sample_text()  # every process has a part of the model
             with self.accelerator.main_process_first():
-                documents = self._self_text() if source == "self" else load_documents(source, config.text_column)
+                if source == "self":
+                    self._sample_text()
+                documents = load_documents(
+                    str(self.files.self_text) if source == "self" else source, config.text_column
+                )
                 sources.append(pack(documents, self.tokenizer, config.sequence_length))
         return InterleavedBlocks(sources, config.seed)
 
-    def _self_text(self):
-        """Text sampled from the dense model. It is stored, so that a resumed run reads the same text."""
-        file = self.files.self_text
-        if not file.is_file():
-            texts = sample_from_model(
-                self.base,
-                self.tokenizer,
-                num_tokens=self.config.self_tokens,
-                length=min(self.config.sequence_length, SELF_TEXT_LENGTH),
-                seed=self.config.seed,
-            )
-            write_text(file, "".join(json.dumps({"text": text}) + "\n" for text in texts))
-        return load_documents(str(file))
+    def _sample_text(self) -> None:
+        """Store text sampled from the dense model, unless there is some: a resumed run reads the same text."""
+        if self.files.self_text.is_file():
+            return
+        texts = sample_from_model(
+            self.base,
+            self.tokenizer,
+            num_tokens=self.config.self_tokens,
+            length=min(self.config.sequence_length, SELF_TEXT_LENGTH),
+            seed=self.config.seed,
+            is_sharded=self.is_sharded,
+        )
+        if self.is_main:
+            write_text(self.files.self_text, "".join(json.dumps({"text": text}) + "\n" for text in texts))
 
     def _initialize_student(self) -> None:
-        """Set routers and masks before the first step: from an adapter, by a warm start, or leave them random."""
+        """Set routers and masks before the first step: from an adapter, by a warm start, or leave them random.
+
+        The first process computes them, and the others get its bits.
+        """
         config, length = self.config, self.config.sequence_length
         if config.init_adapter:
             adapter = Adapter.load(Path(config.init_adapter))
@@ -202,16 +195,21 @@ class _Run:
                 )
             check_base(adapter, self.base_folder)
             self.student.load_layer_adapters(adapter.layers)
+            self.student.broadcast()
             return
         num_blocks = max(1, config.warm_start_tokens // length)
         batches = [self._on_device(torch.stack([self.blocks.block(i)])) for i in range(num_blocks)]
         if config.warm_start_tokens:
-            warm_start(self.student, batches)
+            if self.is_main:
+                warm_start(self.student, batches)
+            elif self.is_sharded:
+                assist_warm_start(self.student, batches)
             release_memory()
+        self.student.broadcast()
         self.student.calibrate(torch.cat(batches[:4]))
 
     def _on_device(self, tensor: Tensor) -> Tensor:
-        return tensor.to(self.accelerator.device)
+        return tensor.to(self.accelerator.device, non_blocking=True)
 
     # ---------------------------------------------------------------------------------------------------------- loop
     def run(self) -> dict[str, Any]:
@@ -242,19 +240,21 @@ class _Run:
             for step in range(first_step, config.steps):
                 if config.widths_every and step > first_step:
                     self._update_widths(step)
-                terms = self._step(model, optimizer, noise, step)
+                self._step(model, optimizer, noise, step)
                 scheduler.step()
                 done = step + 1
-                elapsed = time.perf_counter() - started
-                tokens_per_s = (done - first_step) * config.batch_size * config.sequence_length / (elapsed - seconds)
-                progress.update(done, terms, tokens_per_s)
-                if self.is_main and (done % config.log_every == 0 or done == config.steps):
+                progress.advance(done)
+                if done % config.log_every == 0 or done == config.steps:
+                    terms = self.terms.read()
+                    elapsed = time.perf_counter() - started
+                    num_tokens = (done - first_step) * config.batch_size * config.sequence_length
+                    tokens_per_s = num_tokens / (elapsed - seconds)
+                    progress.update(done, terms, tokens_per_s)
                     rate = scheduler.get_last_lr()[0]
                     write(done, terms | {"tokens_per_s": tokens_per_s, "learning_rate": rate})
                 if done % config.checkpoint_every == 0 and done < config.steps:
-                    self._save_checkpoint(done, elapsed, optimizer, scheduler)
-        elapsed = time.perf_counter() - started
-        return self._finish(terms, elapsed, first_step)
+                    self._save_checkpoint(done, time.perf_counter() - started, optimizer, scheduler)
+        return self._finish(terms, time.perf_counter() - started, first_step)
 
     def _update_widths(self, step: int) -> None:
         """With the exact budget: set the widths at the start, and every ``widths_every`` steps if that is not 0."""
@@ -262,36 +262,33 @@ class _Run:
         if config.budget != "exact":
             return
         if self.student.widths is None or (config.widths_every and step % config.widths_every == 0):
+            self.terms.read()  # no widths from logits that are not finite
             self.student.update_widths()
         if not config.widths_every:
             self.student.freeze_widths()
 
-    def _step(self, model, optimizer, noise: NoiseSource, step: int) -> dict[str, float]:
-        config = self.config
-        sums: dict[str, float] = {}
+    def _step(self, model, optimizer, noise: NoiseSource, step: int) -> None:
+        """One optimizer step. The host does not wait for the device: ``self.terms`` keeps the loss there."""
+        config, num_passes = self.config, len(self.micro_batches)
+        sums = torch.zeros((), dtype=torch.float64, device=self.accelerator.device)
         for i, rows in enumerate(self.micro_batches):
             ids = self._on_device(self.blocks.batch(step, rows, config.batch_size))
-            is_last = i == len(self.micro_batches) - 1
+            is_last = i == num_passes - 1
             with contextlib.nullcontext() if is_last else self.accelerator.no_sync(model):
                 out = model(ids, noise.draw(step, list(rows), config.sequence_length))
-                self.accelerator.backward(out["loss"] / len(self.micro_batches))
-            for name, value in out.items():
-                sums[name] = sums.get(name, 0.0) + value.item() / len(self.micro_batches)
+                self.accelerator.backward(out["loss"] / num_passes)
+            sums = sums + torch.stack(list(out.values())).detach().double() / num_passes
+        self.terms.add(step, out, sums)
         self.student.update_quantiles()
-        mean = self.accelerator.reduce(torch.tensor(list(sums.values()), dtype=torch.float64), "mean")
-        terms = dict(zip(sums, mean.tolist(), strict=True))
-        check_finite(terms, step)
         if config.max_grad_norm is not None:
             self.accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        return terms
 
     # --------------------------------------------------------------------------------------------------------- files
     def _save_checkpoint(self, step: int, seconds: float, optimizer, scheduler) -> None:
-        self.accelerator.wait_for_everyone()
-        if not self.is_main:
-            return
+        """Save a training state, unless a value in it is not finite: then every process raises."""
+        self.terms.read()
         state = {
             "step": step,
             "seconds": seconds,
@@ -301,7 +298,9 @@ class _Run:
             "scheduler": scheduler.state_dict(),
             "widths": dataclasses.asdict(self.student.widths) if self.student.widths else None,
         }
-        self.files.save_checkpoint(state)
+        check_state(state, step)
+        if self.is_main:
+            self.files.save_checkpoint(state)
 
     @contextlib.contextmanager
     def _metrics(self, first_step: int):
@@ -315,6 +314,7 @@ class _Run:
 
     def _finish(self, terms: dict[str, float], seconds: float, first_step: int) -> dict[str, Any]:
         config = self.config
+        check_state(self.student.state_dict(), config.steps)
         widths = self.student.update_widths()
         tokens = config.steps * config.batch_size * config.sequence_length
         result = {

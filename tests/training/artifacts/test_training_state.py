@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from tomoe_training.artifacts.training_state import VERSION, load_state, save_state
+from tomoe_training.artifacts.training_state import VERSION, check_state, load_state, save_state
 from tomoe_training.budget import Widths
 
 CPU = torch.device("cpu")
@@ -54,3 +54,26 @@ def test_damaged_state_is_named(size, tmp_path):
     with pytest.raises(ValueError, match=r"state\.pt is damaged"):
         load_state(file, CPU)
     assert file.is_file()
+
+
+def _state():
+    weight = torch.nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.AdamW([weight])
+    weight.sum().backward()
+    optimizer.step()
+    return {"student": {"weight": weight}, "optimizer": optimizer.state_dict(), "step": 1, "widths": None, "name": "x"}
+
+
+def test_finite_state_passes():
+    check_state(_state(), 1)
+    check_state({"step": 1}, 1)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("part", ["weight", "second moment"])
+def test_state_that_is_not_finite_is_found(part, value):
+    state = _state()
+    tensor = state["student"]["weight"].data if part == "weight" else state["optimizer"]["state"][0]["exp_avg_sq"]
+    tensor[1] = value
+    with pytest.raises(FloatingPointError, match="not finite after step 7: a gradient overflowed"):
+        check_state(state, 7)

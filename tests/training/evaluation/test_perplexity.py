@@ -1,10 +1,13 @@
 """Perplexity by the documented protocol, against a written-out loop in float64."""
 
+import json
 import math
+import shutil
 
 import pytest
 import torch
 from tomoe_training.artifacts.export import export_checkpoint
+from tomoe_training.evaluation import perplexity
 from tomoe_training.evaluation.perplexity import BACKENDS, evaluate_perplexity, text_blocks
 
 from tests.helpers.dense_models import BOS, dense_model, word_tokenizer
@@ -51,7 +54,7 @@ def test_max_blocks_0_means_all_blocks():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"dtype": "int8"}, "dtype is 'int8'; it must be one of float32, bfloat16, float16"),
+        ({"dtype": "int8"}, "dtype is 'int8'; it must be one of auto, float32, bfloat16, float16"),
         ({"backend": "onnx"}, "backend is 'onnx'; it must be one of hf, vllm"),
         ({"block_size": 1}, "block_size is 1; it must be at least 2"),
         ({"block_size": 100_000}, "the text has 6001 tokens, less than one block of 100000; lower --block-size"),
@@ -83,3 +86,21 @@ def test_text_that_is_not_utf8_is_named(dense_folder, tmp_path):
     (tmp_path / "text.txt").write_bytes(b"w1 \xff w2")
     with pytest.raises(ValueError, match=r"text\.txt is not UTF-8 text"):
         evaluate_perplexity(dense_folder(), tmp_path / "text.txt", block_size=2, max_blocks=1, dtype="float32")
+
+
+def test_model_is_evaluated_on_the_device_in_its_stored_dtype(dense_folder, text_file, tmp_path, monkeypatch):
+    seen = []
+
+    def score(model, blocks):
+        seen.append((model.device.type, model.dtype))
+        return [1.0] * len(blocks)
+
+    monkeypatch.setattr(perplexity, "negative_log_likelihoods", score)
+    options = {"block_size": 64, "max_blocks": 2, "dtype": "auto"}
+    assert evaluate_perplexity(dense_folder(), text_file, **options)["dtype"] == "float32"
+    monkeypatch.setattr(perplexity, "default_device", lambda: torch.device("meta"))  # stands for "cuda"
+    half = shutil.copytree(dense_folder(), tmp_path / "half")
+    config = json.loads((half / "config.json").read_text())
+    (half / "config.json").write_text(json.dumps(config | {"dtype": "bfloat16"}))
+    assert evaluate_perplexity(half, text_file, **options)["dtype"] == "bfloat16"
+    assert seen == [("cpu", torch.float32), ("meta", torch.bfloat16)]

@@ -130,7 +130,7 @@ def test_a_preset_runs_offline_on_local_tasks_of_its_names(dense_folder, tmp_pat
     ("options", "message"),
     [
         ({"backend": "onnx"}, "backend is 'onnx'; it must be one of hf, vllm"),
-        ({"dtype": "int8"}, "dtype is 'int8'; it must be one of float32, bfloat16, float16"),
+        ({"dtype": "int8"}, "dtype is 'int8'; it must be one of auto, float32, bfloat16, float16"),
         ({"limit": 0}, "limit is 0; it must be at least 1"),
         ({"num_fewshot": -1}, "num_fewshot is -1; it must be at least 0"),
         ({"names": []}, "no tasks: give --tasks a,b,c"),

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from tomoe_training import trainer
 from tomoe_training.artifacts.adapter import ADAPTER_CONFIG, ADAPTER_TENSORS
 from tomoe_training.trainer import train
 
@@ -56,6 +57,32 @@ def test_non_finite_loss_error_has_the_step_and_the_terms(cause, config, tmp_pat
         fields = {"base": str(folder), "warm_start_tokens": 0}
     with pytest.raises(FloatingPointError, match=r"not finite at step \d+: loss (nan|inf), task (nan|inf), .*r_u"):
         train(config(**fields), tmp_path / "out")
+    assert not (tmp_path / "out" / ADAPTER_CONFIG).exists()
+
+
+@pytest.mark.parametrize("field", ["checkpoint_every", "steps"])
+def test_non_finite_step_between_two_log_steps_reaches_no_file(field, config, tmp_path):
+    """Terms are read every ``log_every`` steps, and before anything is written."""
+    fields = {"learning_rate": 1e30, "log_every": 100, "checkpoint_every": 100, "widths_every": 0} | {field: 4}
+    with pytest.raises(FloatingPointError, match="not finite at step 2: loss"):
+        train(config(**fields), tmp_path / "out")
+    assert not (tmp_path / "out" / "run" / "checkpoint.pt").exists()
+    assert not (tmp_path / "out" / ADAPTER_CONFIG).exists()
+
+
+@pytest.mark.parametrize("fields", [{"checkpoint_every": 2}, {"steps": 2}], ids=["checkpoint", "adapter"])
+def test_weights_that_overflow_in_a_finite_step_reach_no_file(fields, config, tmp_path, monkeypatch):
+    step = trainer._Run._step
+
+    def overflow(self, model, optimizer, noise, number):
+        step(self, model, optimizer, noise, number)
+        if number == 1:
+            self.student.expert_gates[0].offset.data[0, 0] = float("inf")
+
+    monkeypatch.setattr(trainer._Run, "_step", overflow)
+    with pytest.raises(FloatingPointError, match="the weights or the optimizer's state are not finite after step 2"):
+        train(config(widths_every=0, log_every=1, **fields), tmp_path / "out")
+    assert not (tmp_path / "out" / "run" / "checkpoint.pt").exists()
     assert not (tmp_path / "out" / ADAPTER_CONFIG).exists()
 
 

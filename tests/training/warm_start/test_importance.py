@@ -3,6 +3,8 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from tomoe_training.base_model import use_causal_attention
+from tomoe_training.warm_start import importance
 from tomoe_training.warm_start.importance import measure_importance
 
 from tests.helpers.students import random_student
@@ -78,3 +80,26 @@ def test_importance_is_deterministic(dense_folder):
     first, second = (measure_importance(student, [ids])[0] for _ in range(2))
     assert torch.equal(first.neurons, second.neurons)
     assert torch.equal(first.query_key, second.query_key)
+
+
+def test_chosen_layers_are_recorded_as_with_all_others(dense_folder):
+    student = random_student(dense_folder("llama"))
+    ids = [torch.randint(3, 90, (2, 16)), torch.randint(3, 90, (1, 16))]
+    whole = measure_importance(student, ids)
+    (second,) = measure_importance(student, ids, layers=range(1, 2))
+    for name in ("attention_in", "mlp_in", "neurons", "value", "query_key"):
+        assert torch.equal(getattr(second, name), getattr(whole[1], name))
+    assert measure_importance(student, ids, layers=range(0)) == []
+
+
+def test_records_stay_on_the_models_device(dense_folder, monkeypatch):
+    """They are what the gates there are fitted to. "meta" stands for "cuda": a copy to the CPU raises."""
+    student = random_student(dense_folder("llama"))
+    use_causal_attention(student.base, 16)
+    student.base.to("meta")
+    student.to("meta")
+    monkeypatch.setattr(importance, "_sampled_gradient", lambda hidden, *_: torch.zeros_like(hidden))
+    generator = torch.Generator()
+    monkeypatch.setattr(torch, "Generator", lambda device: generator)  # "meta" has none
+    for layer in measure_importance(student, [torch.zeros(2, 16, dtype=torch.long, device="meta")]):
+        assert {getattr(layer, name).device.type for name in vars(layer)} == {"meta"}

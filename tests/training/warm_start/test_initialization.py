@@ -1,9 +1,19 @@
 """Warm start: experts from clusters of activations, within the budget."""
 
+import dataclasses
+from types import SimpleNamespace
+
 import pytest
 import torch
 from tomoe_training.method.student import Student
-from tomoe_training.warm_start.initialization import _cluster, warm_start
+from tomoe_training.warm_start import initialization
+from tomoe_training.warm_start.initialization import (
+    _cluster,
+    _fit_router,
+    _fit_value_router,
+    assist_warm_start,
+    warm_start,
+)
 
 from tests.helpers.dense_models import FAMILIES
 from tests.helpers.students import random_student, settings
@@ -58,3 +68,51 @@ def test_warm_start_does_not_change_the_teacher(dense_folder):
     before = {name: p.clone() for name, p in student.base.named_parameters()}
     warm_start(student, _batches())
     assert all(torch.equal(p, before[name]) for name, p in student.base.named_parameters())
+
+
+def _started(folder, **fields):
+    student = _fresh(folder, **fields)
+    warm_start(student, _batches())
+    return student
+
+
+@pytest.mark.parametrize("vo_mode", ["dynamic", "static"])
+def test_layers_may_be_recorded_in_groups(vo_mode, dense_folder, monkeypatch):
+    whole = _started(dense_folder(), vo_mode=vo_mode)
+    monkeypatch.setattr(initialization, "GROUP_BYTES", 1)
+    groups = []
+    measure = initialization.measure_importance
+
+    def counted(student, batches, layers):
+        groups.append(list(layers))
+        return measure(student, batches, layers=layers)
+
+    monkeypatch.setattr(initialization, "measure_importance", counted)
+    parts = _started(dense_folder(), vo_mode=vo_mode)
+    assert groups == [[0], [1]]  # one layer's records at a time
+    assert parts.widths == whole.widths
+    for name, tensor in whole.state_dict().items():
+        assert torch.equal(parts.state_dict()[name], tensor), name
+    groups.clear()
+    assist_warm_start(parts, _batches())  # as many passes, so that the processes stay in step
+    assert groups == [[], []]
+
+
+def test_groups_of_a_7b_model_hold_at_most_four_gibibytes(dense_folder):
+    """T = 8,192 tokens, D = 4,096, F = 11,008 in 32 layers: 7.9 GB of records for the experts, in two groups."""
+    shape = dataclasses.replace(_fresh(dense_folder()).shape, hidden_size=4096, intermediate_size=11008)
+    student = SimpleNamespace(shape=shape, expert_gates=[None] * 32)
+    batches = [torch.zeros(4, 2048, dtype=torch.long, device="meta")]
+    sizes = [len(group) for group in initialization._groups(student, batches)]
+    assert sizes == [17, 15]
+    assert max(sizes) * 2 * 8192 * (4096 + 11008) <= 4 * 2**30
+
+
+def test_routers_are_fitted_on_the_device_of_the_gates(dense_folder, monkeypatch):
+    """On "meta", which stands for "cuda": a CPU tensor beside it raises."""
+    monkeypatch.setattr(initialization, "ROUTER_ITERATIONS", 2)
+    head = _fresh(dense_folder()).head_gates[0].to("meta")
+    inputs = torch.empty(256, 64, dtype=torch.bfloat16, device="meta")
+    _fit_value_router(head, inputs, torch.empty(256, 16, device="meta"), keep_ratio=0.5)
+    labels = torch.empty(256, dtype=torch.long, device="meta")
+    assert _fit_router(inputs, labels, num_experts=4).device.type == "meta"

@@ -2,16 +2,41 @@
 
 import os
 import pickle
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 VERSION = 2
 """Raise it when the batches, the noise or the order of a run change: a resumed run must not mix two versions.
 
 1 (without a number): seeds mixed by primes. 2: seeds by :mod:`tomoe_training.seeds`.
 """
+
+
+def check_state(state: Any, step: int) -> None:
+    """Raise ``FloatingPointError`` if a tensor in a state of lists and dicts after ``step`` steps is not finite."""
+    flags: dict[torch.device, list[Tensor]] = {}
+    for tensor in _tensors(state):
+        flags.setdefault(tensor.device, []).append(tensor.isfinite().all())  # an optimizer may count steps on the CPU
+    if not all(torch.stack(found).all().item() for found in flags.values()):
+        raise FloatingPointError(
+            f"the weights or the optimizer's state are not finite after step {step}: a gradient overflowed. The last "
+            "checkpoint is kept; lower learning_rate, set max_grad_norm, or use dtype float32"
+        )
+
+
+def _tensors(state: Any) -> Iterator[Tensor]:
+    if isinstance(state, Tensor):
+        yield state
+    elif isinstance(state, Mapping):
+        for value in state.values():
+            yield from _tensors(value)
+    elif isinstance(state, (list, tuple)):
+        for value in state:
+            yield from _tensors(value)
 
 
 def save_state(state: dict[str, Any], file: Path) -> None:

@@ -12,7 +12,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from transformers import AutoTokenizer
 
@@ -22,6 +21,7 @@ from tomoe_training.artifacts.export import check_base, load_base_config
 from tomoe_training.artifacts.provenance import provenance
 from tomoe_training.config import RunConfig, load_run_config
 from tomoe_training.data import InterleavedBlocks, load_documents, pack
+from tomoe_training.dtypes import default_device
 from tomoe_training.evaluation.baselines.cmoe import cmoe
 from tomoe_training.evaluation.baselines.magnitude import magnitude, magnitude_mlp
 from tomoe_training.evaluation.baselines.random_experts import random_experts
@@ -95,8 +95,7 @@ def compare(
     test_blocks = text_blocks(tokenizer, content, block_size, max_blocks)
     documents = [load_documents(source, config.text_column) for source in config.data]
     blocks = InterleavedBlocks([pack(d, tokenizer, config.sequence_length) for d in documents], config.seed)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    base = load_model(base_folder).requires_grad_(False).to(device)
+    base = load_model(base_folder).requires_grad_(False).to(default_device())
     console = Console(stderr=True)
 
     def report(line: str) -> None:

@@ -14,12 +14,11 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from tomoe_training.dtypes import EVALUATION_DTYPES, default_device, evaluation_dtype
 from tomoe_training.process_setup import hide_progress_bars
 from tomoe_vllm.hf.register import register_with_transformers
-
-DTYPES = ("float32", "bfloat16", "float16")
 
 
 def evaluate_perplexity(
@@ -27,18 +26,20 @@ def evaluate_perplexity(
 ) -> dict:
     """Perplexity of a dense model or a checkpoint on a text file, JSON-ready.
 
-    ``backend`` is ``hf`` (the reference model) or ``vllm``. Raises ``FileNotFoundError`` and ``ValueError``
+    ``backend`` is ``hf`` (the reference model) or ``vllm``; both run on the GPU if there is one. ``dtype`` ``auto`` is
+    the stored dtype there, and float32 on CPUs. Raises ``FileNotFoundError`` and ``ValueError``
     for bad input, before the model is loaded.
     """
     content = read_text(text)
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"{folder} is not a model folder: it has no config.json")
-    for option, value, allowed in (("backend", backend, BACKENDS), ("dtype", dtype, DTYPES)):
+    for option, value, allowed in (("backend", backend, BACKENDS), ("dtype", dtype, EVALUATION_DTYPES)):
         if value not in allowed:
             raise ValueError(f"{option} is {value!r}; it must be one of {', '.join(allowed)}")
     if block_size < 2:
         raise ValueError(f"block_size is {block_size}; it must be at least 2")
     register_with_transformers()  # otherwise transformers would ask whether to trust the checkpoint's own code
+    dtype = evaluation_dtype(dtype, AutoConfig.from_pretrained(folder).dtype, default_device())
     blocks = text_blocks(AutoTokenizer.from_pretrained(folder), content, block_size, max_blocks)
     nlls = BACKENDS[backend](folder, blocks, dtype)
     return {
@@ -100,7 +101,8 @@ def negative_log_likelihoods(model, blocks: Tensor) -> Iterator[float]:
 
 def score_with_transformers(folder: Path, blocks: Tensor, dtype: str) -> list[float]:
     """Summed negative log-likelihood of each block [num_blocks, block_size] under the reference model, in nats."""
-    return list(negative_log_likelihoods(load_model(folder, getattr(torch, dtype)), blocks))
+    model = load_model(folder, getattr(torch, dtype)).to(default_device())
+    return list(negative_log_likelihoods(model, blocks))
 
 
 def score_with_vllm(folder: Path, blocks: Tensor, dtype: str) -> list[float]:

@@ -15,8 +15,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
+from transformers import AutoConfig
 
+from tomoe_training.dtypes import EVALUATION_DTYPES, default_device, evaluation_dtype
 from tomoe_vllm.hf.register import register_with_transformers
 
 PRESETS: dict[str, dict[str, int | None]] = {
@@ -35,7 +36,6 @@ PRESETS: dict[str, dict[str, int | None]] = {
 """Tasks and shots of the paper's tables (None: the default of the task), and two tasks that generate text."""
 
 BACKENDS = ("hf", "vllm")
-DTYPES = ("float32", "bfloat16", "float16")
 HF_BATCH_SIZE = 8
 
 
@@ -48,7 +48,7 @@ def evaluate_tasks(
     num_fewshot: int | None = None,
     limit: int | None = None,
     batch_size: int | None = None,
-    dtype: str = "float32",
+    dtype: str = "auto",
     use_chat_template: bool = False,
 ) -> dict[str, Any]:
     """``tomoe eval tasks``: scores of a model folder, JSON-ready.
@@ -61,7 +61,7 @@ def evaluate_tasks(
     """
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"{folder} is not a model folder: it has no config.json")
-    for option, value, allowed in (("backend", backend, BACKENDS), ("dtype", dtype, DTYPES)):
+    for option, value, allowed in (("backend", backend, BACKENDS), ("dtype", dtype, EVALUATION_DTYPES)):
         if value not in allowed:
             raise ValueError(f"{option} is {value!r}; it must be one of {', '.join(allowed)}")
     least_values = (("num_fewshot", num_fewshot, 0), ("limit", limit, 1), ("batch_size", batch_size, 1))
@@ -70,6 +70,8 @@ def evaluate_tasks(
             raise ValueError(f"{option} is {number}; it must be at least {least}")
     shots = expand_presets(names)
     lm_eval = _import_lm_eval()
+    register_with_transformers()
+    dtype = evaluation_dtype(dtype, AutoConfig.from_pretrained(folder).dtype, default_device())
     folder = folder.absolute()  # the working folder changes below
     with _working_folder(task_folder):
         manager, loaded = _load_tasks(shots, has_folder=task_folder is not None)
@@ -132,13 +134,11 @@ def _language_model(folder: Path, backend: str, dtype: str, batch_size: int | No
     """lm-eval's model of a folder. No remote code: the ToMoE families are registered in both backends."""
     from lm_eval.api.registry import get_model
 
-    register_with_transformers()
     arguments: dict[str, Any] = {"pretrained": str(folder), "dtype": dtype}
     if backend == "vllm":
         arguments |= {"enforce_eager": True, "batch_size": batch_size or "auto"}
     else:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        arguments |= {"backend": "causal", "device": device, "batch_size": batch_size or HF_BATCH_SIZE}
+        arguments |= {"backend": "causal", "device": str(default_device()), "batch_size": batch_size or HF_BATCH_SIZE}
     model = get_model(backend)(**arguments)
     try:
         yield model

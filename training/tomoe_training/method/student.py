@@ -1,7 +1,6 @@
 """The student: a frozen model with trained gates. With the gates off the same model is the teacher."""
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from tomoe_training.artifacts.adapter import LayerAdapter
@@ -17,6 +16,7 @@ from tomoe_training.method.losses import (
     union_loss,
 )
 from tomoe_training.method.relaxation import StepNoise
+from tomoe_training.ranks import broadcast_module, broadcast_widths, mean_over_ranks, mean_with_local_gradient
 from tomoe_vllm.hf.configuration_tomoe import block_shape, family_of
 
 QUANTILE_DECAY = 0.98
@@ -102,19 +102,24 @@ class Student(nn.Module):
         settings, heads, experts = self.settings, self.head_gates, self.expert_gates
         r_p, ratio = parameter_loss(
             [h.qk_width for h in heads],
-            [_across_ranks(h.vo_width) for h in heads],
+            list(mean_with_local_gradient(torch.stack([h.vo_width for h in heads]))),
             [e.masks.sum(dim=-1).max() for e in experts],
             self.shape,
             settings.active_ratio,
         )
         r_u, union = union_loss([e.clean_masks for e in experts])
-        fractions = _across_ranks(torch.stack([e.fractions for e in experts]))
+        fractions = mean_with_local_gradient(torch.stack([e.fractions for e in experts]))
         r_l = load_balance_loss(fractions, torch.stack([e.probabilities for e in experts]))
         loss = task + settings.beta * r_u + settings.gamma * r_l
         if self.widths is None:
             loss = loss + settings.alpha * r_p
         terms = {"task": task, "r_p": r_p, "r_u": r_u, "r_l": r_l, "active_ratio": ratio, "union": union}
         return {"loss": loss, **{name: term.detach() for name, term in terms.items()}}
+
+    def broadcast(self) -> None:
+        """Copy parameters, buffers and widths of the first process to all others."""
+        broadcast_module(self)
+        self.widths = broadcast_widths(self.widths, len(self.head_gates), self.value_quantiles.device)
 
     # ---------------------------------------------------------------------------------- the result
     @torch.no_grad()
@@ -160,21 +165,26 @@ class Student(nn.Module):
         """Once per optimizer step: move the running quantiles towards the mean over its forward passes."""
         if self._step_quantiles:
             rows = self._step_quantiles[0][0]
-            mean = _mean_across_ranks(torch.stack([quantiles for _, quantiles in self._step_quantiles]).mean(dim=0))
+            mean = mean_over_ranks(torch.stack([quantiles for _, quantiles in self._step_quantiles]).mean(dim=0))
             self.value_quantiles[rows] = torch.lerp(mean, self.value_quantiles[rows], decay)
         self._step_quantiles.clear()
 
     @torch.no_grad()
     def update_widths(self) -> Widths:
-        """Set the widths of the masks to those that export would choose now, and return them."""
+        """Set the widths of the masks to those that export would choose now, and return them.
+
+        All processes get those of the first one: a rounding difference of the logits must not give two models.
+        """
         settings = self.settings
-        self.widths = solve_widths(
+        widths = solve_widths(
             self.layer_logits(),
             self.shape,
             settings.active_ratio,
             width_multiple=settings.width_multiple,
             head_dim_multiple=settings.head_dim_multiple,
         )
+        self.widths = broadcast_widths(widths, len(self.head_gates), self.value_quantiles.device)
+        assert self.widths is not None
         return self.widths
 
     def freeze_widths(self) -> None:
@@ -226,17 +236,3 @@ class Student(nn.Module):
 def _layer_noise(noise: StepNoise, i: int, device: torch.device) -> LayerNoise:
     parts = (noise.experts, noise.query_key, noise.router, noise.value)
     return LayerNoise(*(None if part is None else part[i].to(device) for part in parts))
-
-
-def _mean_across_ranks(value: Tensor) -> Tensor:
-    """Mean over processes, without gradient."""
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
-        return value.detach()
-    mean = value.detach().clone()
-    dist.all_reduce(mean)
-    return mean / dist.get_world_size()
-
-
-def _across_ranks(value: Tensor) -> Tensor:
-    """Mean over processes with the local gradient, which DDP averages to the gradient of the mean."""
-    return value + (_mean_across_ranks(value) - value.detach())

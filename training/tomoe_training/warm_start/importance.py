@@ -19,13 +19,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tomoe_training.method.losses import KD_CHUNK_TOKENS
 from tomoe_vllm.hf.configuration_tomoe import family_of
+from tomoe_vllm.hf.tomoe_math import BlockShape
+
+SAMPLED_TOKENS = 128
+"""Tokens whose labels are sampled at once. Another number gives other samples, and so another warm start."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LayerImportance:
-    """Inputs of one layer's routers, and importance of its units, on T tokens of text. On the CPU."""
+    """Inputs of one layer's routers, and importance of its units, on T tokens of text. On the model's device."""
 
     attention_in: Tensor  # [T, D] bfloat16
     mlp_in: Tensor  # [T, D] bfloat16
@@ -34,14 +37,19 @@ class LayerImportance:
     query_key: Tensor  # [U] float32, mean per token; summed over a sequence before squaring: the mask is static
 
 
-def measure_importance(student, batches: list[Tensor], seed: int = 0) -> list[LayerImportance]:
-    """Importance in every layer of the student's base model on ``batches`` of [B, S] tokens."""
-    base = student.base
-    recorders = [_Recorder(head.units, student.shape.head_dim) for head in student.head_gates]
+def measure_importance(
+    student, batches: list[Tensor], seed: int = 0, layers: range | None = None
+) -> list[LayerImportance]:
+    """Importance in some layers (default: all) of the student's base model on ``batches`` of [B, S] tokens.
+
+    Every call runs the whole model, forward and backward, with the same sampled labels.
+    """
+    base, layers = student.base, range(len(student.head_gates)) if layers is None else layers
+    recorders = {i: _Recorder(student.head_gates[i].units, student.shape) for i in layers}
     handles = [
         handle
-        for layer, recorder in zip(base.model.layers, recorders, strict=True)
-        for handle in recorder.attach(layer, family_of(base.config))
+        for i, recorder in recorders.items()
+        for handle in recorder.attach(base.model.layers[i], family_of(base.config))
     ]
     student.set_gates(False)
     generator = torch.Generator(batches[0].device).manual_seed(seed)
@@ -57,7 +65,7 @@ def measure_importance(student, batches: list[Tensor], seed: int = 0) -> list[La
         student.set_gates(True)
         for handle in handles:
             handle.remove()
-    return [recorder.result(num_tokens) for recorder in recorders]
+    return [recorder.result(num_tokens) for recorder in recorders.values()]
 
 
 @torch.no_grad()
@@ -65,8 +73,8 @@ def _sampled_gradient(hidden: Tensor, lm_head, generator: torch.Generator) -> Te
     """d(-log p(y)) / d hidden with y sampled from the model: [B, S, D]."""
     flat = hidden.flatten(0, -2)
     gradient = torch.empty_like(flat)
-    for start in range(0, len(flat), KD_CHUNK_TOKENS):
-        rows = slice(start, start + KD_CHUNK_TOKENS)
+    for start in range(0, len(flat), SAMPLED_TOKENS):
+        rows = slice(start, start + SAMPLED_TOKENS)
         p = F.softmax(F.linear(flat[rows], lm_head.weight, lm_head.bias).float(), dim=-1)
         sampled = torch.multinomial(p, 1, generator=generator)
         p.scatter_add_(1, sampled, -torch.ones_like(sampled, dtype=p.dtype))
@@ -77,10 +85,10 @@ def _sampled_gradient(hidden: Tensor, lm_head, generator: torch.Generator) -> Te
 class _Recorder:
     """Hooks of one layer. They record in the backward pass: gradient checkpointing runs the forward pass twice."""
 
-    def __init__(self, units: Tensor, head_dim: int):
-        self.units, self.head_dim = units, head_dim
+    def __init__(self, units: Tensor, shape: BlockShape):
+        self.units, self.head_dim = units, shape.head_dim
         self.parts: dict[str, list[Tensor]] = {"attention_in": [], "mlp_in": [], "neurons": [], "value": []}
-        self.query_key = torch.zeros(int(units.max()) + 1)
+        self.query_key = torch.zeros(shape.num_units, device=units.device)
         self._pending: Tensor | None = None
 
     def attach(self, layer, family) -> list:
@@ -101,18 +109,18 @@ class _Recorder:
 
     def _record_input(self, name: str) -> Callable:
         def record(values: Tensor, gradient: Tensor) -> None:
-            self.parts[name].append(values.flatten(0, -2).to("cpu", torch.bfloat16))
+            self.parts[name].append(values.flatten(0, -2).to(torch.bfloat16))
 
         return _on_gradient(record)
 
     def _record_neurons(self, values: Tensor, gradient: Tensor) -> None:
         derivative = (values * gradient).float()
-        self.parts["neurons"].append(derivative.square().flatten(0, -2).to("cpu", torch.bfloat16))
+        self.parts["neurons"].append(derivative.square().flatten(0, -2).to(torch.bfloat16))
 
     def _record_value(self, values: Tensor, gradient: Tensor) -> None:
         derivative = (values * gradient).float()
         shared = derivative.unflatten(-1, (-1, self.head_dim)).sum(dim=-2)
-        self.parts["value"].append(shared.square().flatten(0, -2).cpu())
+        self.parts["value"].append(shared.square().flatten(0, -2))
 
     def _record_query_key(self, values: Tensor, gradient: Tensor) -> None:
         """Add the derivatives of Q and K of each sequence: one mask multiplies both."""
@@ -123,7 +131,7 @@ class _Recorder:
             return
         dims, self._pending = dims + self._pending, None
         shared = dims.new_zeros(len(dims), len(self.query_key)).index_add_(1, self.units, dims)
-        self.query_key += shared.square().sum(dim=0).cpu()
+        self.query_key += shared.square().sum(dim=0)
 
 
 def _on_gradient(record: Callable[[Tensor, Tensor], None]) -> Callable:

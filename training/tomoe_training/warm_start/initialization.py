@@ -11,7 +11,18 @@ the union loss (docs/method.md). The warm start has four steps:
    the layer's width are above the threshold.
 
 The logits are stored in the gates' offsets, which are fixed or trained. The hypernetwork learns corrections.
+
+All of it runs on the model's device, in the first process only: the others get its result, because a difference in the
+last bit could give them other widths. Layers are recorded in groups of at most :data:`GROUP_BYTES`, one pass through
+the model for each group. The device then holds, in bytes for T tokens of text and L layers,
+
+    GROUP_BYTES + T (2 D + 4 A) L  (inputs and importance of the value routers, which need all widths)
+    + about 6 * 4 T F              (float32 copies while one layer is clustered)
+
+For LLaMA-2 7B and 8,192 tokens these are 4.3 + 2.3 + 2.2 GB and two passes. Host memory holds none of it.
 """
+
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +33,8 @@ from tomoe_training.method.student import Student
 from tomoe_training.warm_start.importance import LayerImportance, measure_importance
 from tomoe_vllm.hf.tomoe_math import GUMBEL_MEDIAN, KEEP_BIAS, top_mask
 
+GROUP_BYTES = 4 << 30
+"""Size of the records that exist at once: a few passes for a 7B model, one for a small one."""
 KMEANS_ITERATIONS = 15
 REFINEMENTS = 6
 """Iterations that reassign tokens to the expert that keeps most of their importance."""
@@ -36,21 +49,68 @@ CLIP = 3.0
 
 @torch.no_grad()
 def warm_start(student: Student, batches: list[Tensor]) -> None:
-    """Set routers, offsets and, with the exact budget, widths from ``batches`` of [B, S] tokens."""
-    shape, settings = student.shape, student.settings
-    layers = measure_importance(student, batches)
+    """Set routers, offsets and, with the exact budget, widths from ``batches`` of [B, S] tokens, in this process.
+
+    A run on several processes does this in the first one, and :meth:`Student.broadcast` copies the result. Where the
+    processes share a sharded base, the others call :func:`assist_warm_start` meanwhile.
+    """
+    layers: list[_LayerStart] = []
+    for group in _groups(student, batches):
+        records = measure_importance(student, batches, layers=group)
+        layers += [_start_experts(student, i, records.pop(0)) for i in group]  # frees a layer before the next
+    _set_masks(student, layers)
+
+
+def assist_warm_start(student: Student, batches: list[Tensor]) -> None:
+    """The passes of :func:`warm_start` through the base, whose layers are gathered from all processes."""
+    for _ in _groups(student, batches):
+        measure_importance(student, batches, layers=range(0))
+
+
+def _groups(student: Student, batches: list[Tensor]) -> list[range]:
+    """Consecutive layers whose records for the experts take at most :data:`GROUP_BYTES`, at least one in each."""
+    shape, num_layers = student.shape, len(student.expert_gates)
+    num_tokens = sum(batch.numel() for batch in batches)
+    layer_bytes = 2 * num_tokens * (shape.hidden_size + shape.intermediate_size)  # bfloat16
+    size = max(1, GROUP_BYTES // layer_bytes)
+    return [range(i, min(i + size, num_layers)) for i in range(0, num_layers, size)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _LayerStart:
+    """What is kept of a layer until all widths are known."""
+
+    experts: Tensor  # [N, F], importance of neurons for each expert
+    query_key: Tensor  # [U]
+    value: Tensor  # [T, A]
+    attention_in: Tensor  # [T, D] bfloat16
+    units: UnitImportance  # on the CPU: the widths are allocated there
+
+
+def _start_experts(student: Student, i: int, layer: LayerImportance) -> _LayerStart:
+    """Cluster the tokens of layer ``i`` and set its router."""
+    shape, settings, gate = student.shape, student.settings, student.expert_gates[i]
     # Attention is more important per parameter, so that experts get less than p.
     expected = max(0.1, settings.active_ratio - 0.1)
-    experts, importances = [], []
-    for gate, layer in zip(student.expert_gates, layers, strict=True):
-        neurons = _clip(layer.neurons.float())
-        labels = _cluster(neurons, settings.num_experts, round(expected * shape.intermediate_size))
-        router = _fit_router(layer.mlp_in, labels, settings.num_experts)
-        gate.router.weight.copy_(router)
-        experts.append(_importance_of_experts(neurons, (layer.mlp_in.float() @ router.T).argmax(dim=-1), router))
-        importances.append(_unit_importance(experts[-1], layer))
+    neurons = _clip(layer.neurons.float())
+    labels = _cluster(neurons, settings.num_experts, round(expected * shape.intermediate_size))
+    router = _fit_router(layer.mlp_in, labels, settings.num_experts)
+    gate.router.weight.copy_(router)
+    experts = _importance_of_experts(neurons, (layer.mlp_in.float() @ router.T).argmax(dim=-1), router)
+    return _LayerStart(
+        experts=experts,
+        query_key=layer.query_key,
+        value=layer.value,
+        attention_in=layer.attention_in,
+        units=_unit_importance(experts, layer),
+    )
+
+
+def _set_masks(student: Student, layers: list[_LayerStart]) -> None:
+    """Allocate the widths; set the offsets of all masks, and fit the value routers."""
+    shape, settings = student.shape, student.settings
     widths = allocate_widths(
-        importances,
+        [layer.units for layer in layers],
         shape,
         settings.active_ratio,
         width_multiple=settings.width_multiple,
@@ -59,7 +119,7 @@ def warm_start(student: Student, batches: list[Tensor]) -> None:
     )
     for i, layer in enumerate(layers):
         head, expert = student.head_gates[i], student.expert_gates[i]
-        expert.offset.copy_(_normal_logits(experts[i], widths.experts[i] / shape.intermediate_size))
+        expert.offset.copy_(_normal_logits(layer.experts, widths.experts[i] / shape.intermediate_size))
         expert.up.weight.mul_(0.1)
         head.query_key_offset.copy_(_normal_logits(layer.query_key, widths.qk_dims[i] / shape.head_dim))
         head.query_key_up.weight.mul_(0.1)
@@ -101,7 +161,7 @@ def _importance_of_experts(neurons: Tensor, labels: Tensor, router: Tensor) -> T
 
 
 def _unit_importance(experts: Tensor, layer: LayerImportance) -> UnitImportance:
-    """Importance of the layer's first, second, ... neuron and V/O dim, and of its Q/K units.
+    """Importance of the layer's first, second, ... neuron and V/O dim, and of its Q/K units, on the CPU.
 
     For V/O dims it is the mean of two bounds: the best dims of each token (an oracle router) and the best static
     dims.
@@ -109,9 +169,9 @@ def _unit_importance(experts: Tensor, layer: LayerImportance) -> UnitImportance:
     oracle = layer.value.sort(dim=-1, descending=True).values.mean(dim=0)
     static = layer.value.mean(dim=0).sort(descending=True).values
     return UnitImportance(
-        neurons=experts.sort(dim=-1, descending=True).values.sum(dim=0),
-        query_key=layer.query_key,
-        value=(oracle + static) / 2,
+        neurons=experts.sort(dim=-1, descending=True).values.sum(dim=0).cpu(),
+        query_key=layer.query_key.cpu(),
+        value=((oracle + static) / 2).cpu(),
     )
 
 
@@ -125,9 +185,9 @@ def _cluster(neurons: Tensor, num_clusters: int, width: int) -> Tensor:
     capacity = -(-len(neurons) // num_clusters) * 5 // 4
     points = F.normalize(neurons.sqrt().sqrt(), dim=-1)
     points = F.normalize(points - points.mean(dim=0), dim=-1)
-    generator = torch.Generator().manual_seed(0)
-    centres = points[torch.randperm(len(points), generator=generator)[:num_clusters]]
-    labels = torch.zeros(len(points), dtype=torch.long)
+    chosen = torch.randperm(len(points), generator=torch.Generator().manual_seed(0))[:num_clusters]
+    centres = points[chosen.to(points.device)]
+    labels = torch.zeros(len(points), dtype=torch.long, device=points.device)
     for _ in range(KMEANS_ITERATIONS):
         labels = _assign(points @ centres.T, capacity)
         centres = F.normalize(torch.zeros_like(centres).index_add_(0, labels, points), dim=-1)
@@ -155,10 +215,10 @@ def _assign(scores: Tensor, capacity: int) -> Tensor:
 def _fit_router(inputs: Tensor, labels: Tensor, num_experts: int) -> Tensor:
     """Softmax regression without bias from MLP inputs [T, D] to clusters: router weight [N, D]."""
     with torch.enable_grad():
-        weight = torch.zeros(num_experts, inputs.shape[-1], requires_grad=True)
+        weight = torch.zeros(num_experts, inputs.shape[-1], device=inputs.device, requires_grad=True)
         optimizer = torch.optim.AdamW([weight], lr=0.02, weight_decay=0.05)
         for step in range(ROUTER_ITERATIONS):
-            rows = _rows(len(inputs), step)
+            rows = _rows(len(inputs), step, inputs.device)
             loss = F.cross_entropy(inputs[rows].float() @ weight.T, labels[rows])
             optimizer.zero_grad()
             loss.backward()
@@ -166,10 +226,10 @@ def _fit_router(inputs: Tensor, labels: Tensor, num_experts: int) -> Tensor:
     return weight.detach()
 
 
-def _rows(num_tokens: int, step: int) -> Tensor:
+def _rows(num_tokens: int, step: int, device: torch.device) -> Tensor:
     """Indices of every n-th token with an offset of ``step``, about :data:`ROUTER_TOKENS`."""
     stride = max(1, num_tokens // ROUTER_TOKENS)
-    return torch.arange(step % stride, num_tokens, stride)
+    return torch.arange(step % stride, num_tokens, stride, device=device)
 
 
 def _fit_value_router(head, inputs: Tensor, importance: Tensor, keep_ratio: float) -> None:
@@ -180,7 +240,7 @@ def _fit_value_router(head, inputs: Tensor, importance: Tensor, keep_ratio: floa
         parameters = [head.value_down.weight, head.value_up.weight, head.norm.weight, head.norm.bias]
         optimizer = torch.optim.AdamW(parameters, lr=3e-3, weight_decay=0.0)
         for step in range(ROUTER_ITERATIONS):
-            rows = _rows(len(inputs), step)
+            rows = _rows(len(inputs), step, inputs.device)
             hidden = F.gelu(head.norm(head.value_down(inputs[rows].float())))
             loss = F.mse_loss(head.value_up(hidden), target[rows])
             optimizer.zero_grad()

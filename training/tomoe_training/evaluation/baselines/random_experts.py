@@ -19,14 +19,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from tomoe_training.artifacts.training_state import load_state, save_state
+from tomoe_training.artifacts.training_state import check_state, load_state, save_state
 from tomoe_training.budget import Widths
 from tomoe_training.dtypes import training_dtype
 from tomoe_training.evaluation.baselines.setup import BaselineSetup, MethodGates
 from tomoe_training.evaluation.baselines.widths import equal_experts, mlp_width
 from tomoe_training.method.losses import distillation_loss, load_balance_loss
 from tomoe_training.run_folder import settings_of_result
-from tomoe_training.trainer import check_finite, make_scheduler
+from tomoe_training.terms import TermHistory
+from tomoe_training.trainer import make_scheduler
 from tomoe_vllm.hf.modeling_tomoe import ExpertGate
 
 NUM_PROGRESS_LINES = 20
@@ -123,11 +124,12 @@ def train_routers(setup: BaselineSetup, gates: MethodGates) -> None:
             router.data.copy_(trained)
         optimizer.load_state_dict(state["optimizer"])
         scheduler.load_state_dict(state["scheduler"])
+    history, names = TermHistory(), ("task", "r_l")
     for step in range(state["step"], config.steps):
-        terms = {"task": 0.0, "r_l": 0.0}
+        sums = torch.zeros((), dtype=torch.float64, device=base.device)
         for start in starts:
             rows = range(start, min(start + micro, config.batch_size))
-            ids = setup.blocks.batch(step, rows, config.batch_size).to(base.device)
+            ids = setup.blocks.batch(step, rows, config.batch_size).to(base.device, non_blocking=True)
             with torch.no_grad():
                 teacher = hidden_states(ids, is_on=False)
             task = distillation_loss(hidden_states(ids, is_on=True), teacher, lm_head)
@@ -137,8 +139,8 @@ def train_routers(setup: BaselineSetup, gates: MethodGates) -> None:
             )
             share = len(rows) / config.batch_size
             ((task + config.gamma * r_l) * share).backward()
-            terms = {"task": terms["task"] + task.item() * share, "r_l": terms["r_l"] + r_l.item() * share}
-        check_finite(terms, step)
+            sums = sums + torch.stack([task, r_l]).detach().double() * share
+        history.add(step, names, sums)
         if config.max_grad_norm is not None:
             nn.utils.clip_grad_norm_(routers, config.max_grad_norm)
         optimizer.step()
@@ -146,8 +148,12 @@ def train_routers(setup: BaselineSetup, gates: MethodGates) -> None:
         scheduler.step()
         done = step + 1
         if done % config.checkpoint_every == 0 or done == config.steps:
+            history.read()
             file.parent.mkdir(parents=True, exist_ok=True)
             state = {"step": done, "run": run, "routers": [router.detach() for router in routers]}
-            save_state(state | {"optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict()}, file)
+            state |= {"optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict()}
+            check_state(state, done)
+            save_state(state, file)
         if done % max(1, config.steps // NUM_PROGRESS_LINES) == 0:
+            terms = history.read()
             setup.report(f"routers, step {done}/{config.steps}: task {terms['task']:.3f}, R_L {terms['r_l']:.3f}")
