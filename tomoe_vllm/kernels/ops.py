@@ -1,8 +1,8 @@
 """Schemas of all ops in the ``tomoe`` namespace, and the groups of tensors that they take.
 
 Implementations register themselves for these schemas: plain torch in each op's folder (any device), C++ for CPUs
-(``build.load``), Triton for CUDA (``expert_mlp/triton/dispatch.py``). This module imports none of them, so each of
-them can import it.
+(``build.load``), Triton for CUDA (``route``, ``value_mask``, ``expert_mlp/triton/dispatch.py``). This module imports
+none of them, so each of them can import it.
 
     op                    shapes
     route                 [T, D], [N, D] -> [T] int64
@@ -25,6 +25,9 @@ from torch import Tensor
 
 LIBRARY = torch.library.Library("tomoe", "FRAGMENT")
 """Implementations in Python register with ``LIBRARY.impl``."""
+
+rejected_kernels: set[str] = set()
+"""Ops that run in plain torch on this GPU: ``device_check.check_on_device`` found their Triton kernels wrong."""
 
 LIBRARY.define("route(Tensor hidden_states, Tensor router_weight) -> Tensor")
 LIBRARY.define("route_recorded(Tensor hidden_states, Tensor router_weight, Tensor(a!) record) -> Tensor")

@@ -38,6 +38,7 @@ from tomoe_vllm.layers.compile_key import add_to_compile_key
 from tomoe_vllm.layers.mlp.layout import decide_layout, make_expert_mlp
 from tomoe_vllm.layers.mlp.shared import ToMoESharedMLP
 from tomoe_vllm.layers.norm import ToMoELayerNorm, ToMoERMSNorm
+from tomoe_vllm.layers.router_check import check_routers
 from tomoe_vllm.models.loading import load_strictly
 
 
@@ -262,3 +263,4 @@ class ToMoEForCausalLM(nn.Module, SupportsLoRA, SupportsPP, SupportsQuant):
         for module in self.modules():
             if isinstance(module, ToMoESharedMLP):
                 module.finish_loading()
+        check_routers(self)

@@ -2,6 +2,7 @@
 
 import os
 
+import numpy as np
 import pytest
 import torch
 
@@ -21,3 +22,21 @@ def poisoned_buffers(monkeypatch):
 
     monkeypatch.setattr(torch, "empty", poisoned(torch.empty))
     monkeypatch.setattr(torch.Tensor, "new_empty", poisoned(torch.Tensor.new_empty))
+
+
+@pytest.fixture(autouse=True)
+def bfloat16_products(monkeypatch):
+    """Let the interpreter multiply bfloat16: it stores them as uint16, and its ``tl.dot`` multiplies these integers."""
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle, tl
+
+    create_dot = InterpreterBuilder.create_dot
+
+    def widened(handle):
+        if handle.dtype.scalar != tl.bfloat16:
+            return handle
+        return TensorHandle((handle.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
+
+    def dot(self, a, b, *others):
+        return create_dot(self, widened(a), widened(b), *others)
+
+    monkeypatch.setattr(InterpreterBuilder, "create_dot", dot)

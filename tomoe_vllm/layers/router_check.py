@@ -1,0 +1,25 @@
+"""Has the routers' GPU kernels checked at the sizes of a loaded model; nothing to do on a CPU."""
+
+from torch import nn
+
+from tomoe_vllm.kernels.device_check import check_on_device
+from tomoe_vllm.layers.attention.attention import ToMoEAttention
+from tomoe_vllm.layers.mlp.router import ToMoERouter
+
+
+def check_routers(model: nn.Module) -> None:
+    """Compare the kernels of ``route`` and ``mask_values`` with plain torch if ``model`` is on a GPU.
+
+    Where they disagree the op runs in plain torch, with one warning (:mod:`tomoe_vllm.kernels.device_check`).
+    """
+    routers = [module for module in model.modules() if isinstance(module, ToMoERouter)]
+    if not routers or routers[0].router.weight.device.type != "cuda":
+        return
+    value_sizes = []
+    for attention in model.modules():
+        if isinstance(attention, ToMoEAttention) and attention.head_gate.vo_mode == "dynamic":
+            head_mask = attention.head_gate
+            rank, hidden_size = head_mask.value_down.weight.shape
+            value_sizes.append((hidden_size, rank, attention.num_heads, head_mask.head_dim, head_mask.top_k))
+    sizes = [(module.router.weight.shape[1], module.num_experts) for module in routers]
+    check_on_device(sizes, value_sizes, routers[0].expert_masks.dtype, routers[0].router.weight.device)
