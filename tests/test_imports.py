@@ -24,6 +24,12 @@ ALLOWED: dict[str, set[str]] = {
     "tomoe_vllm.models": {"tomoe_vllm.layers", "tomoe_vllm.hf", "vllm"},
     "tomoe_vllm.observability": {"tomoe_vllm.layers", "tomoe_vllm.compat", "vllm"},
     "tomoe_vllm.diagnostics": {"tomoe_vllm.kernels", "tomoe_vllm.hf", "tomoe_vllm.__version__"},
+    "tomoe_vllm.diagnostics.full": {
+        "tomoe_vllm.diagnostics", "tomoe_vllm.kernels", "tomoe_vllm.hf", "tomoe_vllm.__version__",
+    },
+    "tomoe_vllm.diagnostics.full.training_jobs": {"tomoe_vllm.diagnostics.full", "tomoe_training"},
+    "tomoe_vllm.diagnostics.full.engine_jobs": {"tomoe_vllm.diagnostics"},
+    "tomoe_vllm.diagnostics.full.engine_parity": {"tomoe_vllm.hf", "vllm"},
     "tomoe_vllm.diagnostics.bench": {
         "tomoe_vllm.diagnostics", "tomoe_vllm.kernels", "tomoe_vllm.hf", "tomoe_vllm.compat", "tomoe_vllm.__version__",
         "vllm",

@@ -16,14 +16,32 @@ def doctor(
     interpret: Annotated[
         bool, typer.Option("--interpret", help="Run in Triton's interpreter, without a GPU: tiny sizes, no timing.")
     ] = False,
+    full: Annotated[
+        bool, typer.Option("--full", help="Also check more shapes, training, and vLLM if it is installed; needs --out.")
+    ] = False,
+    out: Annotated[Path | None, typer.Option(help="With --full: folder of the report; must not exist yet.")] = None,
+    minutes: Annotated[float, typer.Option(min=0.5, help="With --full: time limit.")] = 8.0,
+    only: Annotated[
+        list[str] | None,
+        typer.Option(help="With --full: only this part: kernels, engine or training; may be repeated."),
+    ] = None,
 ) -> None:
     """Check and time the GPU kernels on this machine.
 
-    Every kernel is compared with its reference. The exit code is 1 without a GPU, or if a kernel is wrong.
+    Every kernel is compared with its reference. The exit code is 1 without a GPU, or if a check fails.
     """
-    from tomoe_vllm.diagnostics.doctor import main as run_doctor
+    if full:
+        if out is None:
+            raise ValueError("--full needs --out FOLDER for its report")
+        from tomoe_vllm.diagnostics.full.run import full_doctor
 
-    facts, code = run_doctor(model, interpret)
+        facts, code = full_doctor(model, out, interpret=interpret, minutes=minutes, only=only or [])
+    else:
+        if out is not None or only:
+            raise ValueError("--out and --only are options of --full")
+        from tomoe_vllm.diagnostics.doctor import main as run_doctor
+
+        facts, code = run_doctor(model, interpret)
     print_result(facts)
     raise typer.Exit(code)
 

@@ -101,6 +101,7 @@ def examine(model: Path | None = None, interpret: bool = False) -> dict:
     if interpret:
         sizes = TINY if sizes.mlp.num_matrices == 3 else TINY_PHI
     require_triton(interpret)
+    from tomoe_vllm.diagnostics.gate_checks import run_gate_checks
     from tomoe_vllm.diagnostics.kernel_checks import Layer, run_checks
 
     device = InterpretedDevice() if interpret else CudaDevice()
@@ -110,7 +111,7 @@ def examine(model: Path | None = None, interpret: bool = False) -> dict:
         chip = chip_of(device)
         facts["chip"] = asdict(chip)
     layers = [Layer.random(sizes.mlp, sizes.activation, sizes.has_bias, dtype, device.type) for dtype in tokens]
-    checks = run_checks(layers, tokens, device, chip)
+    checks = run_checks(layers, tokens, device, chip) + run_gate_checks(sizes.gates, layers, tokens, device)
     failures = [check.describe() for check in checks if not check.agrees]
     facts |= {
         "device": "interpreter" if interpret else torch.cuda.get_device_name(),

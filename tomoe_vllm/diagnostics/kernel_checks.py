@@ -16,6 +16,7 @@ from torch import Tensor
 from triton.runtime.jit import JITFunction
 
 from tomoe_vllm.diagnostics.device import Device
+from tomoe_vllm.diagnostics.layers import MAX_GATHER_TOKENS, PATHS
 from tomoe_vllm.diagnostics.roofline import Chip, MLPShape, costs
 from tomoe_vllm.kernels.expert_activation.triton import expert_activation_triton
 from tomoe_vllm.kernels.expert_mlp.reference import expert_mlp_reference
@@ -28,9 +29,6 @@ LIMITS = {torch.float32: 1e-5, torch.bfloat16: 1.5e-2, torch.float16: 1.5e-3}
 """Limits of the relative RMS error, overall and of the worst row. Rounding to bf16 between the GEMMs causes 0.4 %
 overall and 0.7 % in the worst row; one wrong tile of 16 of 5,504 neurons 7 %, and a misrouted token over 100 % of its
 row."""
-
-PATHS = ("gather", "dense", "grouped")
-MAX_GATHER_TOKENS = 8
 
 
 @dataclass(kw_only=True, slots=True)
@@ -62,10 +60,14 @@ class Check:
         """Keep the largest error of several comparisons."""
         self.overall, self.worst_row = max(overall, self.overall), max(worst_row, self.worst_row)
 
+    def reason(self) -> str:
+        """Why the check failed."""
+        errors = f"relative error {self.overall:.1e} overall, {self.worst_row:.1e} worst row"
+        return self.error or f"{errors} (limit {self.limit:.1e})"
+
     def describe(self) -> str:
         """The failure in one line."""
-        what = self.error or f"relative error {self.overall:.1e} overall, {self.worst_row:.1e} worst row"
-        return f"{self.path}, {self.num_tokens} tokens, {self.routing}, {self.dtype}: {what} (limit {self.limit:.1e})"
+        return f"{self.path}, {self.num_tokens} tokens, {self.routing}, {self.dtype}: {self.reason()}"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

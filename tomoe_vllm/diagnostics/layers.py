@@ -8,6 +8,11 @@ from tomoe_vllm.diagnostics.roofline import LLAMA_2_7B, MLPShape
 from tomoe_vllm.hf.configuration_tomoe import FAMILIES
 from tomoe_vllm.kernels.expert_activation import require_activation
 
+PATHS = ("gather", "dense", "grouped")
+"""Execution paths of the expert MLP on a GPU."""
+MAX_GATHER_TOKENS = 8
+"""gather reads the rows of each token: for thousands it would take seconds, and ``tune`` never chooses it there."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GateShape:

@@ -9,6 +9,7 @@ from tomoe_vllm.diagnostics import doctor
 from tomoe_vllm.diagnostics.device import CudaDevice
 from tomoe_vllm.diagnostics.doctor import chip_of, conclusion, examine
 from tomoe_vllm.diagnostics.driver import Driver
+from tomoe_vllm.diagnostics.layers import PATHS
 
 CHECK = {
     "path": "gather", "num_tokens": 1, "routing": "random", "dtype": "bfloat16", "limit": 1e-2, "overall": 4e-3,
@@ -55,7 +56,7 @@ def test_interpreter_runs_every_check_and_writes_no_validation_record(run_cli, t
     assert code == 1, "no GPU was checked"
     facts = json.loads(out.splitlines()[-1])
     assert facts["agrees"], facts["failures"]
-    assert {check["path"] for check in facts["checks"]} == {"gather", "dense", "grouped"}
+    assert {check["path"] for check in facts["checks"]} == {*PATHS, "route", "mask_values", "activation"}
     assert f"all {len(facts['checks'])} checks agree" in err
     assert list(tmp_path.iterdir()) == []
 
@@ -83,6 +84,7 @@ class FakeGPU(CudaDevice):
 
 def test_validation_record_of_a_gpu_is_written(monkeypatch, tmp_path):
     kernel_checks = pytest.importorskip("tomoe_vllm.diagnostics.kernel_checks", reason="Triton is in the dev extra")
+    from tomoe_vllm.diagnostics import gate_checks
     from tomoe_vllm.kernels.expert_mlp.triton.dispatch import read_validation
 
     monkeypatch.setenv("TOMOE_CACHE_ROOT", str(tmp_path))
@@ -93,6 +95,7 @@ def test_validation_record_of_a_gpu_is_written(monkeypatch, tmp_path):
     )
     monkeypatch.setattr(kernel_checks, "run_checks", lambda *arguments: [wrong])
     monkeypatch.setattr(kernel_checks.Layer, "random", lambda *arguments: None)
+    monkeypatch.setattr(gate_checks, "run_gate_checks", lambda *arguments: [])
     monkeypatch.setattr(doctor, "CudaDevice", FakeGPU)
     facts = examine()
     assert facts["agrees"] is False
