@@ -21,6 +21,10 @@ ALLOWED: dict[str, set[str]] = {
     "tomoe_vllm.kernels": {"tomoe_vllm.hf.tomoe_math"},
     "tomoe_vllm.layers": {"tomoe_vllm.kernels", "tomoe_vllm.hf", "tomoe_vllm.compat", "vllm"},
     "tomoe_vllm.layers.attention.kv_layout": {"tomoe_vllm.hf"},
+    "tomoe_vllm.layers.mlp.layout": {
+        "tomoe_vllm.layers", "tomoe_vllm.kernels", "tomoe_vllm.hf", "vllm",
+        "tomoe_vllm.diagnostics.roofline", "tomoe_vllm.diagnostics.step_cost",
+    },
     "tomoe_vllm.models": {"tomoe_vllm.layers", "tomoe_vllm.hf", "vllm"},
     "tomoe_vllm.observability": {"tomoe_vllm.layers", "tomoe_vllm.compat", "vllm"},
     "tomoe_vllm.diagnostics": {"tomoe_vllm.kernels", "tomoe_vllm.hf", "tomoe_vllm.__version__"},

@@ -24,7 +24,7 @@ from tomoe_vllm import __version__
 from tomoe_vllm.diagnostics.device import CudaDevice, InterpretedDevice
 from tomoe_vllm.diagnostics.driver import installed_driver, why_no_cuda
 from tomoe_vllm.diagnostics.layers import LLAMA, TINY, TINY_PHI, layer_of
-from tomoe_vllm.diagnostics.roofline import CHIPS, Chip
+from tomoe_vllm.diagnostics.roofline import Chip, chip_named
 from tomoe_vllm.diagnostics.tune import NUM_TOKENS
 from tomoe_vllm.kernels.expert_mlp.triton.dispatch import write_validation
 
@@ -84,9 +84,9 @@ def _compiler() -> str | None:
 
 
 def chip_of(device: CudaDevice) -> Chip:
-    """Peak rates of the GPU: from the data sheet for A100 and H100, otherwise measured with a copy and a GEMM."""
-    name = torch.cuda.get_device_name()
-    return next((replace(chip, name=name) for chip in CHIPS if chip.name in name), None) or device.measured_chip()
+    """Peak rates of the GPU: from the data sheet if ``CHIPS`` has it, otherwise measured with a copy and a GEMM."""
+    chip = chip_named(name := torch.cuda.get_device_name())
+    return replace(chip, name=name) if chip else device.measured_chip()
 
 
 def examine(model: Path | None = None, interpret: bool = False) -> dict:

@@ -30,8 +30,17 @@ class Chip:
 CHIPS = (
     Chip(name="A100", bandwidth=2.039e12, flops=312e12),  # 80 GB SXM
     Chip(name="H100", bandwidth=3.35e12, flops=989e12),  # SXM
+    Chip(name="H200", bandwidth=4.8e12, flops=989e12),  # SXM
 )
 """From the manufacturers' data sheets."""
+_NAMES = {"A100-SXM4-80GB": "A100", "H100 80GB HBM3": "H100", "H200": "H200"}
+"""Parts of torch's names. Others of these families (PCIe, 40 GB, NVL) have other rates."""
+
+
+def chip_named(device_name: str) -> Chip | None:
+    """The chip of torch's ``device_name``, or None for one that is not in :data:`CHIPS`, as a MIG slice is."""
+    names = [name for part, name in _NAMES.items() if part in device_name and "MIG" not in device_name]
+    return next((chip for chip in CHIPS if chip.name in names), None)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,7 +53,7 @@ class MLPShape:
     num_experts: int = 8
     num_matrices: int = 3  # 2 without a gate
     num_layers: int = 1
-    itemsize: int = 2
+    itemsize: float = 2
 
     @property
     def active_ratio(self) -> float:
@@ -52,14 +61,14 @@ class MLPShape:
         return self.width / self.num_neurons
 
     @property
-    def weight_bytes(self) -> int:
+    def weight_bytes(self) -> float:
         """P, bytes of the dense weights."""
-        return self.itemsize * self.num_matrices * self.hidden_size * self.num_neurons * self.num_layers
+        return self.itemsize * self.flops_per_token / 2
 
     @property
     def flops_per_token(self) -> int:
         """FLOPs of the dense MLP for one token."""
-        return 2 * self.weight_bytes // self.itemsize
+        return 2 * self.num_matrices * self.hidden_size * self.num_neurons * self.num_layers
 
 
 LLAMA_2_7B = MLPShape(hidden_size=4096, num_neurons=11008, width=5504, num_layers=32)

@@ -6,9 +6,9 @@ import json
 import pytest
 
 from tests.helpers.processes import REPOSITORY, python
-from tomoe_vllm.diagnostics.roofline import CHIPS, LLAMA_2_7B, MLPShape, costs, distinct_experts
+from tomoe_vllm.diagnostics.roofline import CHIPS, LLAMA_2_7B, MLPShape, chip_named, costs, distinct_experts
 
-A100, H100 = CHIPS
+A100, H100, H200 = CHIPS
 
 
 @pytest.mark.parametrize(("num_tokens", "num_experts"), [(1, 8), (2, 8), (3, 4), (5, 3)])
@@ -62,16 +62,34 @@ def test_more_active_neurons_cost_more():
         assert costs(narrow, 4)[path].seconds(A100) < costs(wide, 4)[path].seconds(A100)
 
 
-def test_script_prints_the_table_of_the_documentation_and_json():
+def test_script_prints_the_tables_of_the_documentation_and_json():
     result = python(REPOSITORY / "benchmarks" / "roofline.py")
     assert result.returncode == 0, result.stderr
-    *table, last = result.stdout.splitlines()
+    *lines, last = result.stdout.splitlines()
+    steps, mlps = "\n".join(lines).split("\n\n")
     documentation = (REPOSITORY / "docs" / "performance.md").read_text()
-    assert "\n".join(table) in documentation
+    assert f"\n{steps}\n" in documentation
+    assert f"\n{mlps}\n" in documentation
     assert json.loads(last)["active_ratio"] == 0.5
+
+
+@pytest.mark.parametrize(
+    ("name", "chip"),
+    [
+        ("NVIDIA A100-SXM4-80GB", A100),
+        ("NVIDIA H100 80GB HBM3", H100),
+        ("NVIDIA H200", H200),
+        ("NVIDIA A100-SXM4-40GB", None),  # 1.6 TB/s
+        ("NVIDIA H100 PCIe", None),  # 2.0 TB/s
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),
+        ("NVIDIA L4", None),
+    ],
+)
+def test_chips_are_found_by_the_names_of_torch(name, chip):
+    assert chip_named(name) is chip
 
 
 def test_script_accepts_p_and_refuses_an_invalid_one():
     result = python(REPOSITORY / "benchmarks" / "roofline.py", "--active-ratio", "0.25")
-    assert "(4.00x)" in result.stdout.splitlines()[2]
+    assert "| A100 | 1 | 4.25 (1.00x) | 1.06 (4.00x) |" in result.stdout
     assert python(REPOSITORY / "benchmarks" / "roofline.py", "--active-ratio", "1.5").returncode == 2

@@ -20,6 +20,8 @@ from vllm.distributed import get_tensor_model_parallel_world_size, get_tp_group
 from vllm.model_executor.layers.quantization import QuantizationConfig
 from vllm.platforms import current_platform
 
+from tomoe_vllm.diagnostics.roofline import WORTH_IT, chip_named
+from tomoe_vllm.diagnostics.step_cost import ModelShape, Step, speed
 from tomoe_vllm.hf.configuration_tomoe import block_shape
 from tomoe_vllm.kernels import build
 from tomoe_vllm.kernels.expert_mlp.triton import dispatch
@@ -47,6 +49,15 @@ def decide_layout(config: PreTrainedConfig, quant_config: QuantizationConfig | N
         layout = "masked"
         reason = f"the tensor-parallel ranks would choose different layouts ({', '.join(chosen)})"
     logger.info("ToMoE expert layout: %s, because %s", layout, reason)
+    if layout != "fused" and getattr(config, "expert_layout", "auto") == "auto":
+        slowest = predicted_speed(config, quant_config, "masked" if layout == "masked" else "shared dense")
+        if slowest is not None and slowest[0] < WORTH_IT:
+            logger.warning(
+                "ToMoE: the cost model predicts %.2f x the dense model for %s on this %s, because of "
+                "the routers' launches, and no other layout is available (docs/performance.md)",
+                *slowest,
+                dispatch.device_name(),
+            )
     return layout
 
 
@@ -156,10 +167,7 @@ def what_shared_gains(config: PreTrainedConfig) -> tuple[str | None, str]:
     """
     if not current_platform.is_cuda():
         return None, "its kernels work here"
-    engine = get_current_vllm_config()
-    speculative = engine.speculative_config
-    smallest = 1 + (speculative.num_speculative_tokens or 0 if speculative else 0)
-    largest = engine.scheduler_config.max_num_batched_tokens
+    smallest, _, largest = _engine_steps()
     shapes = sorted(set(layer_shapes(config)), key=lambda shape: shape.width)
     ranges = [dispatch.load_thresholds(shape).sparse_range(smallest, largest) for shape in shapes]
     gain = next(filter(None, ranges), None)
@@ -168,6 +176,33 @@ def what_shared_gains(config: PreTrainedConfig) -> tuple[str | None, str]:
     if any(dispatch.read_table(shape) for shape in shapes):
         return f"`tomoe tune` found it no faster than dense for steps of {smallest} to {largest} tokens", ""
     return f"it was not measured on this {dispatch.device_name()}; run: tomoe tune --model DIR", ""
+
+
+def _engine_steps() -> tuple[int, int, int]:
+    """Fewest and most tokens of a decode step of the engine that is being built, and most tokens of any step."""
+    engine = get_current_vllm_config()
+    speculative, scheduler = engine.speculative_config, engine.scheduler_config
+    per_sequence = 1 + ((speculative.num_speculative_tokens or 0) if speculative else 0)
+    return per_sequence, per_sequence * scheduler.max_num_seqs, scheduler.max_num_batched_tokens
+
+
+def predicted_speed(
+    config: PreTrainedConfig, quant_config: QuantizationConfig | None, layout: str
+) -> tuple[float, str] | None:
+    """Least predicted speed of any step of this engine relative to dense, to two digits, and the step in words.
+
+    ``layout``: a key of ``step_cost.step_seconds``. None where the cost model knows nothing: on CPUs, on GPUs that are
+    not in ``roofline.CHIPS``, in float32.
+    """
+    chip = chip_named(dispatch.device_name())
+    if chip is None or (dtype := torch.get_default_dtype()) == torch.float32:
+        return None
+    bits = getattr(quant_config, "weight_bits", 8 if quant_config else None)
+    itemsize = bits / 8 if isinstance(bits, int) else dtype.itemsize
+    model = ModelShape.of(config, itemsize, get_tensor_model_parallel_world_size())
+    speeds = ((speed(model, layout, step, chip), step.describe()) for step in Step.reachable(*_engine_steps()))
+    slowest, step = min(speeds)
+    return round(slowest, 2), step
 
 
 def layer_shapes(config: PreTrainedConfig) -> list[dispatch.LayerShape]:
@@ -203,18 +238,22 @@ def why_not_fused_in_auto(config: PreTrainedConfig, quant_config: QuantizationCo
     """Why ``auto`` does not choose the fused layout, or None.
 
     From about three tokens per decode step the fused layout reads more than the dense model, so the number of
-    sequences must be bounded. Its experts may take at most half of the free memory; the rest is for the KV cache.
+    sequences must be bounded, and the cost model must not predict a slower step. Its experts may take at most half of
+    the free memory; the rest is for the KV cache.
     """
     if (reason := why_not_fused(config, quant_config)) is not None:
         return reason
     if not current_platform.is_cuda():
         return "it is worth its memory on GPUs only"
-    max_num_seqs = get_current_vllm_config().scheduler_config.max_num_seqs
-    if max_num_seqs > FUSED_MAX_DECODES:
+    _, max_decodes, _ = _engine_steps()
+    if max_decodes > FUSED_MAX_DECODES:
         return (
-            f"up to {max_num_seqs} sequences are decoded at once (--max-num-seqs), and with more than "
+            f"up to {max_decodes} tokens are decoded at once (--max-num-seqs), and with more than "
             f"{FUSED_MAX_DECODES} it reads more than the dense model"
         )
+    slowest = predicted_speed(config, quant_config, "fused")
+    if slowest is not None and slowest[0] < WORTH_IT:
+        return f"the cost model predicts {slowest[0]:.2f} x the dense model for {slowest[1]}"
     needed = fused_parameters(config) * torch.get_default_dtype().itemsize
     free, _ = torch.cuda.mem_get_info()
     if needed > free / 2:

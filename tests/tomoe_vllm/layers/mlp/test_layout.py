@@ -147,6 +147,80 @@ def test_ranks_that_would_choose_different_layouts_take_masked(monkeypatch, capl
 
 
 @pytest.fixture
+def a100(monkeypatch):
+    """An A100 without a validation record, and a config of LLaMA-2 7B's size: (config, its vLLM config setter)."""
+    import torch
+    from vllm.platforms import current_platform
+
+    monkeypatch.setattr(dispatch, "device_name", lambda: "NVIDIA A100-SXM4-80GB")
+    monkeypatch.setattr(type(current_platform), "is_cuda", lambda self: True)
+    monkeypatch.setattr(type(current_platform), "is_cpu", lambda self: False)
+    monkeypatch.setattr(torch, "get_default_dtype", lambda: torch.bfloat16)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (2**40, 2**40))
+    return tiny_config(
+        "llama", hidden_size=4096, intermediate_size=11_008, num_hidden_layers=32, num_attention_heads=32,
+        num_key_value_heads=32, head_dim=128, vocab_size=32_000, num_experts=8, value_router_dim=128,
+        expert_intermediate_sizes=[5504] * 32, qk_head_dims=[128] * 32, vo_head_dims=[64] * 32,
+    )  # fmt: skip
+
+
+def decide(monkeypatch, config, **engine) -> str:
+    from tomoe_vllm.layers.mlp import layout
+
+    with_config(monkeypatch, **engine)
+    monkeypatch.setattr(layout, "fused_parameters", lambda config: 2**20)
+    return layout.decide_layout(config, None)
+
+
+def test_a_masked_layout_that_is_predicted_slower_than_dense_says_so(a100, registered, monkeypatch, caplog):
+    monkeypatch.setattr(dispatch, "device_name", lambda: "NVIDIA A100-SXM4-80GB")
+    with caplog.at_level("INFO"):
+        assert decide(monkeypatch, a100) == "masked"
+    (warning,) = [record.message for record in caplog.records if record.levelname == "WARNING"]
+    assert "the cost model predicts 0.96 x the dense model for a decode step of 1 token" in warning
+    assert "NVIDIA A100-SXM4-80GB" in warning
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        pytest.param({"vo_mode": "none"}, id="the router alone costs less than 3 %"),
+        pytest.param({"expert_layout": "masked"}, id="asked for"),
+        pytest.param({"device": "NVIDIA L4"}, id="nothing is known about the chip"),
+    ],
+)
+def test_nothing_is_said_otherwise(a100, registered, monkeypatch, caplog, change):
+    monkeypatch.setattr(dispatch, "device_name", lambda: change.get("device", "NVIDIA A100-SXM4-80GB"))
+    for name, value in change.items():
+        setattr(a100, name, value)
+    assert decide(monkeypatch, a100) == "masked"
+    assert [record for record in caplog.records if record.levelname == "WARNING"] == []
+
+
+@pytest.mark.parametrize(
+    ("max_num_seqs", "device", "layout", "reason"),
+    [
+        pytest.param(1, "NVIDIA A100-SXM4-80GB", "fused", "enough free memory", id="one sequence"),
+        pytest.param(
+            2,
+            "NVIDIA A100-SXM4-80GB",
+            "masked",
+            "predicts 0.96 x the dense model for a decode step of 2 tokens",
+            id="two",
+        ),
+        pytest.param(2, "NVIDIA L4", "fused", "enough free memory", id="nothing is known about the chip"),
+    ],
+)
+def test_auto_takes_fused_only_where_no_step_is_predicted_slower_than_dense(
+    a100, registered, monkeypatch, caplog, max_num_seqs, device, layout, reason
+):
+    monkeypatch.setattr(dispatch, "device_name", lambda: device)
+    with caplog.at_level("INFO"):
+        assert decide(monkeypatch, a100, max_num_seqs=max_num_seqs) == layout
+    assert reason in caplog.text
+
+
+@pytest.fixture
 def choose(monkeypatch):
     """``choose_layout`` for a requested layout; ``unavailable`` maps "shared", "fused" and "auto fused" to reasons."""
     from tomoe_vllm.layers.mlp import layout
@@ -191,7 +265,7 @@ def test_an_unavailable_layout_is_refused_with_the_reason(choose, layout):
     ("max_num_seqs", "free_bytes", "reason"),
     [
         pytest.param(2, 2**40, None, id="few sequences and enough memory"),
-        pytest.param(3, 2**40, "up to 3 sequences are decoded at once", id="one sequence too many"),
+        pytest.param(3, 2**40, "up to 3 tokens are decoded at once", id="one sequence too many"),
         pytest.param(2, 6 * 2**20, "more than half of the 0.0 GiB that are free", id="not enough memory"),
     ],
 )
