@@ -57,7 +57,7 @@ def test_damaged_checkpoint_is_one_clear_error(fault, dense_folder, tmp_path):
     if fault == "missing":
         del tensors[name]
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    expected = "lacks the tensor" if fault == "missing" else r"is \[95, 64\], its config says \[96, 64\]"
+    expected = "lacks the tensor" if fault == "missing" else r"is \[95, 64\] and its config.json says \[96, 64\]"
     with pytest.raises(ValueError, match=expected):
         _load(folder)
 

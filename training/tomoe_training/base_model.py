@@ -18,7 +18,8 @@ from torch.distributed.tensor import DTensor
 from transformers import AttentionInterface, AutoModelForCausalLM, GenerationConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from tomoe_training.artifacts.safetensors_io import StoredTensor, stored_tensors
+from tomoe_training.artifacts.model_check import model_tensors
+from tomoe_training.artifacts.safetensors_io import StoredTensor
 from tomoe_training.ranks import num_ranks
 
 CAUSAL_ATTENTION = "tomoe_causal"
@@ -31,7 +32,7 @@ def load_base(folder: Path, config, dtype: torch.dtype, device: torch.device, *,
     Embeddings, final norm and lm_head are in every process: the distillation loss reads the weight of lm_head.
     Raises ``ValueError`` for a folder that lacks a tensor or has one of another shape.
     """
-    stored = stored_tensors(folder)
+    stored = model_tensors(folder, config)
     with init_empty_weights(include_buffers=False):  # rotary frequencies are buffers, and in no file
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     model.eval().requires_grad_(False)
@@ -54,26 +55,22 @@ def load_base(folder: Path, config, dtype: torch.dtype, device: torch.device, *,
             if parameter.is_meta:
                 parameter = torch.nn.Parameter(torch.empty_like(parameter, device=device), requires_grad=False)
                 module.register_parameter(name, parameter)
-            _read(stored, full_name, parameter, folder)
+            _read(stored[full_name], parameter)
     model.tie_weights()
     return model.to(device)
 
 
 @torch.no_grad()
-def _read(stored: dict[str, StoredTensor], name: str, parameter: Tensor, folder: Path) -> None:
+def _read(stored: StoredTensor, parameter: Tensor) -> None:
     """Fill a parameter, or the rows of it that this process keeps, with a stored tensor of any float dtype."""
-    if name not in stored:
-        raise ValueError(f"{folder} lacks the tensor {name}: download or export it again")
-    if stored[name].shape != tuple(parameter.shape):
-        raise ValueError(f"{folder}: {name} is {list(stored[name].shape)}, its config says {list(parameter.shape)}")
-    with safe_open(stored[name].file, framework="pt") as stream:
+    with safe_open(stored.file, framework="pt") as stream:
         if isinstance(parameter, DTensor):
             local = parameter.to_local()
             first = dist.get_rank() * -(-len(parameter) // num_ranks())  # FSDP2 divides rows as torch.chunk does
             if len(local):
-                local.copy_(stream.get_slice(name)[first : first + len(local)])
+                local.copy_(stream.get_slice(stored.name)[first : first + len(local)])
         else:
-            parameter.copy_(stream.get_tensor(name))
+            parameter.copy_(stream.get_tensor(stored.name))
 
 
 def use_causal_attention(model, sequence_length: int) -> None:

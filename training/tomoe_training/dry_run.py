@@ -7,7 +7,7 @@ import torch
 import yaml
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-from tomoe_training.artifacts.export import load_base_config
+from tomoe_training.artifacts.model_check import load_base_config, model_tensors
 from tomoe_training.config import RunConfig
 from tomoe_training.method.student import Student
 from tomoe_vllm.hf.configuration_tomoe import base_model_type, block_shape
@@ -39,10 +39,13 @@ def dry_run(run: RunConfig) -> dict:
 
 
 def _base_config(run: RunConfig):
-    if Path(run.base).joinpath("config.json").is_file():
-        return load_base_config(Path(run.base))
-    if run.architecture is None:
-        raise FileNotFoundError(f"{run.base or 'the base'} is not a model folder, and the run has no `architecture`")
+    base = Path(run.base)
+    if run.architecture is None or base.joinpath("config.json").is_file():
+        if not run.base:
+            raise ValueError("no base: give --base FOLDER of the dense model, or `architecture` with --dry-run")
+        config = load_base_config(base)
+        model_tensors(base, config, warns=True)
+        return config
     fields = dict(run.architecture)
     model_type = fields.pop("model_type", "")
     if model_type not in CONFIG_MAPPING:

@@ -20,9 +20,10 @@ from transformers import AutoTokenizer, get_scheduler
 
 from tomoe_training.artifacts.adapter import Adapter, AdapterConfig
 from tomoe_training.artifacts.atomic import write_text
-from tomoe_training.artifacts.export import check_base, load_base_config
+from tomoe_training.artifacts.export import check_base
+from tomoe_training.artifacts.model_check import load_base_config, model_name, model_tensors
 from tomoe_training.artifacts.provenance import provenance
-from tomoe_training.artifacts.safetensors_io import fingerprint, stored_tensors
+from tomoe_training.artifacts.safetensors_io import fingerprint
 from tomoe_training.artifacts.training_state import check_state
 from tomoe_training.base_model import load_base, use_causal_attention
 from tomoe_training.budget import Widths
@@ -79,7 +80,7 @@ class _Run:
         base_config = load_base_config(self.base_folder)
         if not config.data:
             raise ValueError("no training data: give --data FILE [FILE ...] (or `self`)")
-        stored_tensors(self.base_folder)
+        model_tensors(self.base_folder, base_config, warns=True)
         # The gates' buffers (running quantiles) change every step, equally on all ranks.
         self.accelerator = Accelerator(
             kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
@@ -328,7 +329,7 @@ class _Run:
         if self.is_main:
             run = {k: v for k, v in config.model_dump().items() if k not in ("base", "data", "notes")}
             adapter_config = AdapterConfig(
-                base_model_name=self.base_folder.name,
+                base_model_name=model_name(self.base_folder),
                 base_model_hash=self.base_hash,
                 base_model_type=base_model_type(self.base.config),
                 num_layers=self.base.config.num_hidden_layers,

@@ -8,17 +8,24 @@ import json
 import shutil
 from importlib.resources import files
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig
 
 from tomoe_training.artifacts.adapter import Adapter, LayerAdapter
 from tomoe_training.artifacts.atomic import atomic_folder, link_or_copy
 from tomoe_training.artifacts.model_card import model_card
+from tomoe_training.artifacts.model_check import load_base_config, model_tensors
 from tomoe_training.artifacts.provenance import provenance
-from tomoe_training.artifacts.safetensors_io import INDEX_NAME, fingerprint, stored_tensors, write_tensors
+from tomoe_training.artifacts.safetensors_io import (
+    FILE_NAME,
+    INDEX_NAME,
+    StoredTensor,
+    copy_tensors,
+    fingerprint,
+    read_header,
+    write_tensors,
+)
 from tomoe_training.budget import Widths, choose_units, expert_masks, solve_widths
 from tomoe_vllm.hf.configuration_tomoe import CONFIG_CLASSES, base_model_type, block_shape
 from tomoe_vllm.hf.tomoe_math import BlockShape, head_units, pack_signature, top_mask
@@ -27,24 +34,6 @@ TOMOE_SHARD = "model-tomoe.safetensors"
 SHIPPED_CODE = ("configuration_tomoe.py", "tomoe_math.py", "modeling_tomoe.py")
 COPIED = ("generation_config.json", "chat_template.jinja", "chat_template.json", "LICENSE*", "NOTICE*", "*.model")
 COPIED_TOKENIZER = ("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json")
-
-
-def load_base_config(base: Path):
-    """Config of a dense model folder. Raises ``ValueError`` for an unsupported family."""
-    if not (base / "config.json").is_file():
-        raise FileNotFoundError(f"{base} is not a model folder: it has no config.json")
-    try:
-        raw = json.loads((base / "config.json").read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{base / 'config.json'} is damaged: {error}") from error
-    model_type = str(raw.get("model_type", "")) if isinstance(raw, dict) else ""
-    if model_type.startswith("tomoe_"):
-        raise ValueError(f"{base} is already a ToMoE checkpoint; give the dense model as --base")
-    # Before AutoConfig, whose error for an unknown type does not name the supported families.
-    base_model_type(SimpleNamespace(model_type=model_type))
-    config = AutoConfig.from_pretrained(base)
-    base_model_type(config)
-    return config
 
 
 def check_base(adapter: Adapter, base: Path) -> None:
@@ -113,15 +102,13 @@ def export_checkpoint(
     Raises ``ValueError`` for a base that the adapter was not trained on, damaged files or an impossible budget.
     """
     config = load_base_config(base)
+    dense = model_tensors(base, config, warns=True)
     adapter = Adapter.load(adapter_folder)
     shape = block_shape(config)
     check_base(adapter, base)
     widths = plan_widths(adapter, shape, active_ratio, width_multiple, head_dim_multiple)
-    dense = stored_tensors(base)
     with atomic_folder(out) as folder:
-        weight_map = {name: _dense_name(tensor.file) for name, tensor in dense.items()}
-        for file in sorted({tensor.file for tensor in dense.values()}):
-            link_or_copy(file, folder / _dense_name(file))
+        weight_map = write_dense(dense, folder)
         tensors: dict[str, Tensor] = {}
         for i, layer in enumerate(adapter.layers):
             tensors |= tomoe_tensors(layer, i, widths, shape)
@@ -130,7 +117,7 @@ def export_checkpoint(
         num_bytes = sum(t.num_bytes for t in dense.values()) + sum(t.nbytes for t in tensors.values())
         index = {"metadata": {"total_size": num_bytes}, "weight_map": dict(sorted(weight_map.items()))}
         (folder / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n")
-        _write_config(config, adapter, widths, active_ratio, folder)
+        model_tensors(folder, _write_config(config, adapter, widths, active_ratio, folder))
         for pattern in (*COPIED, *COPIED_TOKENIZER):
             for file in base.glob(pattern):
                 shutil.copyfile(file, folder / file.name)
@@ -142,16 +129,34 @@ def export_checkpoint(
     return widths
 
 
+def write_dense(dense: dict[str, StoredTensor], folder: Path) -> dict[str, str]:
+    """Write the files of the dense tensors, given by their name in the model. Returns the file name of each.
+
+    A file that holds just these tensors is linked, another one written anew without what does not belong to the model.
+    """
+    weight_map: dict[str, str] = {}
+    for file in sorted({tensor.file for tensor in dense.values()}):
+        wanted = {name: tensor for name, tensor in dense.items() if tensor.file == file}
+        target = folder / _dense_name(file)
+        if wanted == read_header(file):
+            link_or_copy(file, target)
+        else:
+            copy_tensors(wanted, target)
+        weight_map |= dict.fromkeys(wanted, target.name)
+    return weight_map
+
+
 def _dense_name(file: Path) -> str:
     """Name of a dense file in the checkpoint. (transformers ignores the index if there is a model.safetensors.)"""
-    return "model-dense.safetensors" if file.name == "model.safetensors" else file.name
+    return "model-dense.safetensors" if file.name in (FILE_NAME, TOMOE_SHARD) else file.name
 
 
-def _write_config(config, adapter: Adapter, widths: Widths, active_ratio: float | None, folder: Path) -> None:
+def _write_config(config, adapter: Adapter, widths: Widths, active_ratio: float | None, folder: Path):
+    """Write and return the config of the checkpoint."""
     name = base_model_type(config)
     config_class = CONFIG_CLASSES[name]
     fields = config.to_dict()
-    for key in ("model_type", "architectures", "auto_map", "transformers_version"):
+    for key in ("model_type", "architectures", "auto_map", "transformers_version", "transformers_weights"):
         fields.pop(key, None)
     model_class = config_class.__name__.replace("Config", "ForCausalLM")
     tomoe = config_class(
@@ -171,3 +176,4 @@ def _write_config(config, adapter: Adapter, widths: Widths, active_ratio: float 
         },
     )
     tomoe.save_pretrained(folder)
+    return tomoe

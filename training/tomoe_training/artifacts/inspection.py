@@ -7,9 +7,9 @@ from transformers import AutoConfig
 
 from tomoe_training.artifacts.adapter import ADAPTER_CONFIG, ADAPTER_TENSORS, Adapter
 from tomoe_training.artifacts.export import TOMOE_SHARD
-from tomoe_training.artifacts.safetensors_io import StoredTensor, read_header, stored_tensors
+from tomoe_training.artifacts.model_check import model_tensors
+from tomoe_training.artifacts.safetensors_io import read_config, read_header
 from tomoe_vllm.hf.configuration_tomoe import block_shape
-from tomoe_vllm.hf.modeling_tomoe import MODEL_CLASSES
 from tomoe_vllm.hf.register import register_configs
 from tomoe_vllm.hf.tomoe_math import BlockShape
 from tomoe_vllm.layers.attention.kv_layout import (
@@ -47,11 +47,11 @@ def _inspect_adapter(folder: Path) -> dict:
 
 def _inspect_checkpoint(folder: Path) -> dict:
     register_configs()
-    tensors = stored_tensors(folder)
+    read_config(folder)
     config = AutoConfig.from_pretrained(folder)
     if not config.model_type.startswith("tomoe_"):
         raise ValueError(f"{folder} is a dense {config.model_type} model, not a ToMoE checkpoint or adapter")
-    _check_complete(folder, config, tensors)
+    tensors = model_tensors(folder, config)
     shape = block_shape(config)
     widths = (config.qk_head_dims, config.vo_head_dims, config.expert_intermediate_sizes)
     active = sum(int(shape.active_parameters(*dims)) for dims in zip(*widths, strict=True))
@@ -141,20 +141,3 @@ def _kv_bytes(config) -> dict[str, int | str]:
 
 def _parameters_outside_blocks(config) -> int:
     return config.vocab_size * config.hidden_size * (1 if config.tie_word_embeddings else 2)
-
-
-def _check_complete(folder: Path, config, tensors: dict[str, StoredTensor]) -> None:
-    """Raise ``ValueError`` unless every tensor of the model is stored, in its shape."""
-    with torch.device("meta"):
-        model = MODEL_CLASSES[config.model_type.removeprefix("tomoe_")](config)
-    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    if config.tie_word_embeddings:
-        expected.pop("lm_head.weight", None)
-    missing = [name for name in expected if name not in tensors]
-    if missing:
-        raise ValueError(f"{folder} lacks the tensor {missing[0]} ({len(missing)} in all): export it again")
-    for name, shape in expected.items():
-        if tensors[name].shape != shape:
-            raise ValueError(
-                f"{folder}: {name} is {list(tensors[name].shape)} and its config says {list(shape)}: export it again"
-            )

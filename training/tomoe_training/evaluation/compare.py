@@ -17,7 +17,8 @@ from transformers import AutoTokenizer
 
 from tomoe_training.artifacts.adapter import Adapter
 from tomoe_training.artifacts.atomic import write_json
-from tomoe_training.artifacts.export import check_base, load_base_config
+from tomoe_training.artifacts.export import check_base
+from tomoe_training.artifacts.model_check import load_base_config, model_tensors
 from tomoe_training.artifacts.provenance import provenance
 from tomoe_training.config import RunConfig, load_run_config
 from tomoe_training.data import InterleavedBlocks, load_documents, pack
@@ -88,7 +89,7 @@ def compare(
     """
     chosen = _chosen_methods(methods)
     base_folder = Path(config.base)
-    load_base_config(base_folder)
+    model_tensors(base_folder, load_base_config(base_folder), warns=True)
     content = read_text(text)
     _check_options(config, adapter, block_size, out)
     tokenizer = AutoTokenizer.from_pretrained(base_folder)

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from tomoe_training.artifacts.model_check import check_model
 from tomoe_training.dtypes import EVALUATION_DTYPES, default_device, evaluation_dtype
 from tomoe_training.process_setup import hide_progress_bars
 from tomoe_vllm.hf.register import register_with_transformers
@@ -31,8 +32,7 @@ def evaluate_perplexity(
     for bad input, before the model is loaded.
     """
     content = read_text(text)
-    if not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"{folder} is not a model folder: it has no config.json")
+    check_model(folder, may_be_quantized=backend == "vllm")
     for option, value, allowed in (("backend", backend, BACKENDS), ("dtype", dtype, EVALUATION_DTYPES)):
         if value not in allowed:
             raise ValueError(f"{option} is {value!r}; it must be one of {', '.join(allowed)}")

@@ -17,6 +17,7 @@ from typing import Any
 
 from transformers import AutoConfig
 
+from tomoe_training.artifacts.model_check import check_model
 from tomoe_training.dtypes import EVALUATION_DTYPES, default_device, evaluation_dtype
 from tomoe_vllm.hf.register import register_with_transformers
 
@@ -59,8 +60,7 @@ def evaluate_tasks(
     Raises ``ValueError`` for bad options and unknown tasks, ``OSError`` for a data set that cannot be loaded and
     ``ModuleNotFoundError`` without lm-eval.
     """
-    if not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"{folder} is not a model folder: it has no config.json")
+    check_model(folder, may_be_quantized=backend == "vllm")
     for option, value, allowed in (("backend", backend, BACKENDS), ("dtype", dtype, EVALUATION_DTYPES)):
         if value not in allowed:
             raise ValueError(f"{option} is {value!r}; it must be one of {', '.join(allowed)}")
