@@ -1,12 +1,14 @@
 """The measurements of ``tomoe tune``: its kernels run in the interpreter; times are simulated."""
 
+import json
+
 import pytest
 import torch
 
-from tomoe_vllm.diagnostics import kernel_checks
+from tomoe_vllm.diagnostics import kernel_checks, tune
 from tomoe_vllm.diagnostics.device import InterpretedDevice
 from tomoe_vllm.diagnostics.tune import LayerKind, best, measure
-from tomoe_vllm.kernels.expert_mlp.triton import grouped
+from tomoe_vllm.kernels.expert_mlp.triton import dispatch, grouped
 from tomoe_vllm.kernels.expert_mlp.triton.dispatch import DENSE_ONLY, LayerShape
 
 SIZES = (1, 2, 20, 40)
@@ -96,3 +98,21 @@ def test_tokens_are_spread_evenly_over_the_experts(monkeypatch):
 def test_nothing_gained_means_dense_only(monkeypatch):
     measurement = measure(kind(), SIZES, SimulatedDevice(monkeypatch, sparse_ms=1.0))
     assert best(measurement)[0] == DENSE_ONLY
+
+
+def test_the_tables_that_tune_writes_are_those_the_op_reads(monkeypatch, tmp_path):
+    """The whole command on a simulated GPU, but for the command line."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(dispatch, "device_name", lambda: "Some GPU")
+    monkeypatch.setattr(tune, "CudaDevice", lambda: SimulatedDevice(monkeypatch))
+    monkeypatch.setenv(dispatch.FOLDER_VARIABLE, str(tmp_path))
+    dispatch.load_thresholds.cache_clear()
+    result = tune.tune([kind()], None, 20)
+    expected = dispatch.Thresholds(gather_tokens=8, grouped_tokens=16, max_tokens=20)
+    assert dispatch.load_thresholds(kind().shape) == expected
+    dispatch.load_thresholds.cache_clear()
+    assert result["files"] == [str(dispatch.table_file(kind().shape))]
+    (layer,) = result["layers"]
+    assert (layer["gather_tokens"], layer["failures"]) == (8, [])
+    assert layer["reason"] == "2.00 x vLLM's dense MLP at 1 tokens"
+    json.dumps(result)
