@@ -57,9 +57,9 @@ def round_width(width: float, multiple: int, limit: int) -> int:
     return min(max(multiple, round(width / multiple) * multiple), limit)
 
 
-def unit_sizes(shape: BlockShape) -> Tensor:
-    """Head dims in each unit: 2 for a RoPE pair, 1 for an unrotated dim. [U]."""
-    sizes = torch.ones(shape.num_units, dtype=torch.long)
+def unit_sizes(shape: BlockShape, device: torch.device | None) -> Tensor:
+    """Head dims in each unit: 2 for a RoPE pair, 1 for an unrotated dim. [U] int64."""
+    sizes = torch.ones(shape.num_units, dtype=torch.long, device=device)
     sizes[: shape.rotary_dim // 2] = 2
     return sizes
 
@@ -67,22 +67,25 @@ def unit_sizes(shape: BlockShape) -> Tensor:
 def choose_units(logits: Tensor, num_dims: int, shape: BlockShape) -> Tensor:
     """Mask of the units with the best logits that hold exactly ``num_dims`` head dims: [U] bool.
 
-    A unit that exceeds the remaining dims is skipped. Raises ``ValueError`` if the dims cannot be filled.
+    A pair that exceeds the last dim is skipped for the next single dim, or, if all of those are kept, takes the place
+    of the last one. Does not wait for the device. Raises ``ValueError`` for an odd number of dims if all are pairs.
     """
-    kept = torch.zeros(shape.num_units, dtype=torch.bool, device=logits.device)
-    left, sizes = num_dims, unit_sizes(shape).tolist()
-    for unit in logits.argsort(descending=True, stable=True).tolist():
-        if sizes[unit] <= left:
-            kept[unit] = True
-            left -= sizes[unit]
-    if left:
+    if num_dims % 2 and shape.rotary_dim == shape.head_dim:
         raise ValueError(f"{num_dims} Q/K dims cannot be made of RoPE pairs; use an even --head-dim-multiple")
-    return kept
+    order = logits.argsort(descending=True, stable=True)
+    sizes = unit_sizes(shape, logits.device)[order]
+    kept = sizes.cumsum(0) <= num_dims
+    has_left = (sizes * kept).sum() < num_dims  # one dim, and the next unit is a pair
+    single, pair, last = ~kept & (sizes == 1), ~kept & (sizes == 2), kept & (sizes == 1)
+    next_single, next_pair = (units & (units.cumsum(0) == 1) for units in (single, pair))
+    last_single = last & (last.cumsum(0) == last.sum())
+    change = torch.where(single.any(), next_single, next_pair | last_single)
+    return torch.zeros_like(kept).scatter(0, order, kept ^ (change & has_left))
 
 
 def _dims_above_threshold(layer: LayerLogits, shape: BlockShape, shift: float) -> tuple[float, float, float]:
     experts = (keep_margin(layer.experts) + shift > 0).sum(dim=-1).max().item()
-    sizes = unit_sizes(shape).to(layer.query_key.device)
+    sizes = unit_sizes(shape, layer.query_key.device)
     query_key = ((keep_margin(layer.query_key) + shift > 0) * sizes).sum().item()
     if layer.value is None:
         return experts, query_key, shape.head_dim
@@ -170,7 +173,7 @@ def allocate_widths(
     widths = {kind: [0] * len(layers) for kind in ("experts", "qk_dims", "vo_dims")}
     left = active_ratio * shape.total_parameters * len(layers)
     for i, layer in enumerate(layers):
-        sizes = unit_sizes(shape).to(layer.query_key)
+        sizes = unit_sizes(shape, layer.query_key.device).to(layer.query_key)
         pairs = (layer.query_key / sizes).repeat_interleave(sizes.long()).sort(descending=True).values
         kinds = [("experts", layer.neurons, width_multiple, neuron), ("qk_dims", pairs, head_dim_multiple, heads)]
         if vo_mode == "none":

@@ -65,7 +65,8 @@ class RunConfig(MethodSettings):
     batch_size: int = Field(default=2, ge=1)
     """Sequences per optimizer step, over all processes."""
     micro_batch_size: int | None = Field(default=None, ge=1)
-    """Sequences per forward pass and process; gradients are accumulated. Default: the whole batch in one pass."""
+    """Sequences per forward pass and process; gradients are accumulated. A step is then the same on any number of
+    processes, because R_L and R_P are means over these micro-batches. Default: the batch in one pass."""
     learning_rate: float = Field(default=1e-3, ge=0)
     """Peak learning rate of AdamW."""
     offset_learning_rate: float | None = Field(default=None, ge=0)
@@ -86,6 +87,8 @@ class RunConfig(MethodSettings):
     """Recompute activations in the backward pass, to save memory."""
     shard_base: bool = False
     """Shard the frozen base's layers over the processes (FSDP2) instead of one copy in each."""
+    process_timeout_minutes: int = Field(default=240, ge=1)
+    """Minutes that a process waits for the others, such as for the first one to tokenize or to sample text."""
     warm_start_tokens: int = Field(default=8192, ge=0)
     """Tokens of training text whose importance scores initialize routers, masks and widths; 0 is a cold start (as in
     the paper)."""

@@ -18,7 +18,7 @@ from tomoe_training.artifacts.provenance import provenance
 from tomoe_training.artifacts.training_state import load_state, save_state
 from tomoe_training.config import RunConfig
 
-MAY_CHANGE = {"log_every", "checkpoint_every", "tensorboard", "notes"}
+MAY_CHANGE = {"log_every", "checkpoint_every", "tensorboard", "process_timeout_minutes", "notes"}
 """Settings that may differ when a run is resumed: they do not affect its result."""
 
 
@@ -71,11 +71,21 @@ class RunFolder:
         if not (self.folder / "provenance.json").exists():
             write_json(self.folder / "provenance.json", provenance())
 
-    def load_checkpoint(self, base_hash: str, device: torch.device) -> dict[str, Any] | None:
-        """The training state to resume from, or None. Raises ``ValueError`` if it is of another base model."""
+    def load_checkpoint(self, base_hash: str, device: torch.device, noise_device: str | None) -> dict[str, Any] | None:
+        """The training state to resume from, or None.
+
+        Raises ``ValueError`` if it is of another base model, or had its noise from another kind of device.
+        """
         state = load_state(self.checkpoint, device)
         if state is not None and state["base_hash"] != base_hash:
             raise ValueError(f"{self.checkpoint} was written for another base model")
+        if state is not None and noise_device is not None:
+            drawn_on = state.get("noise_device", "cpu")  # older versions have no entry, and drew all noise on the CPU
+            if drawn_on != noise_device:
+                raise ValueError(
+                    f"{self.checkpoint} belongs to a run whose noise was drawn on {drawn_on!r}, and {noise_device!r} "
+                    "draws other numbers: resume it there, or remove the file to start again from step 0"
+                )
         return state
 
     def save_checkpoint(self, state: dict[str, Any]) -> None:

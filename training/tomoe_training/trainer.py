@@ -9,12 +9,13 @@ import contextlib
 import dataclasses
 import json
 import time
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, DistributedType
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType, InitProcessGroupKwargs
 from torch import Tensor
 from transformers import AutoTokenizer, get_scheduler
 
@@ -83,7 +84,11 @@ class _Run:
         model_tensors(self.base_folder, base_config, warns=True)
         # The gates' buffers (running quantiles) change every step, equally on all ranks.
         self.accelerator = Accelerator(
-            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+            kwargs_handlers=[
+                DistributedDataParallelKwargs(broadcast_buffers=False),
+                # Others wait while the first process tokenizes, samples text or computes the warm start.
+                InitProcessGroupKwargs(timeout=timedelta(minutes=config.process_timeout_minutes)),
+            ],
             gradient_accumulation_steps=1,
         )
         self.is_main = self.accelerator.is_main_process
@@ -108,18 +113,24 @@ class _Run:
         self.blocks = self._load_blocks()
         use_causal_attention(self.base, config.sequence_length)
         self.student = Student(self.base, config).to(self.accelerator.device)
+        # Micro-batches of a fixed size are the same on every number of processes, and so are their losses.
+        self.student.spans_ranks = config.micro_batch_size is None
         self.base_hash = fingerprint(self.base_folder)
         self.terms = TermHistory()
 
     # -------------------------------------------------------------------------------------------------------- set-up
     def _divide_batch(self) -> None:
         world, config = self.accelerator.num_processes, self.config
-        if config.batch_size % world:
-            raise ValueError(f"batch_size {config.batch_size} does not divide over {world} processes")
-        local = config.batch_size // world
+        size, micro = config.batch_size, config.micro_batch_size or 1
+        if size % (world * micro):
+            fitting = [n for n in range(1, size + 1) if size % (n * micro) == 0]
+            hint = f"use {' or '.join(map(str, fitting))} processes" if fitting else "lower micro_batch_size"
+            raise ValueError(
+                f"batch_size {size} does not divide into micro-batches of {micro} on {world} processes: {hint}, or a "
+                f"multiple of {world * micro} as batch_size"
+            )
+        local = size // world
         micro = config.micro_batch_size or local
-        if local % micro:
-            raise ValueError(f"micro_batch_size {micro} does not divide the {local} sequences of each process")
         first = self.accelerator.process_index * local
         self.micro_batches = [range(first + i, first + i + micro) for i in range(0, local, micro)]
 
@@ -220,7 +231,7 @@ class _Run:
             return {"adapter": str(self.out), "resumed_from": config.steps, **summary}
         optimizer = make_optimizer(config, self.student)
         scheduler = make_scheduler(config, optimizer)
-        state = self.files.load_checkpoint(self.base_hash, self.accelerator.device)
+        state = self.files.load_checkpoint(self.base_hash, self.accelerator.device, self._noise_device())
         if state is None:
             self._initialize_student()
         first_step, seconds = 0, 0.0
@@ -256,6 +267,11 @@ class _Run:
                 if done % config.checkpoint_every == 0 and done < config.steps:
                     self._save_checkpoint(done, time.perf_counter() - started, optimizer, scheduler)
         return self._finish(terms, time.perf_counter() - started, first_step)
+
+    def _noise_device(self) -> str | None:
+        """Kind of device that draws this run's noise; None if it has none."""
+        has_noise = self.config.mask_noise or self.config.router_noise
+        return self.accelerator.device.type if has_noise else None
 
     def _update_widths(self, step: int) -> None:
         """With the exact budget: set the widths at the start, and every ``widths_every`` steps if that is not 0."""
@@ -294,6 +310,7 @@ class _Run:
             "step": step,
             "seconds": seconds,
             "base_hash": self.base_hash,
+            "noise_device": self._noise_device(),
             "student": self.student.state_dict(),
             "optimizer": optimizer.state_dict(),
             "scheduler": scheduler.state_dict(),

@@ -124,8 +124,9 @@ def test_tolerance_catches_a_slope_at_the_wrong_temperature():
     assert not is_close(*gradients)
 
 
-def _source(seed=0, mask_scale=1.0, router_scale=1.0):
+def _source(seed=0, mask_scale=1.0, router_scale=1.0, device="cpu"):
     return NoiseSource(
+        device=torch.device(device),
         seed=seed,
         num_layers=2,
         num_experts=3,

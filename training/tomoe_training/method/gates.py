@@ -54,7 +54,7 @@ class TrainedHeadGate(HeadGate):
         shape, router_dim, vo_mode = block_shape(config), settings.value_router_dim, settings.vo_mode
         self.shape, self.layer_idx, self.vo_mode, self.tau = shape, layer_idx, vo_mode, settings.tau
         self.register_buffer("units", head_units(shape.head_dim, shape.rotary_dim), persistent=False)
-        self.register_buffer("unit_sizes", unit_sizes(shape), persistent=False)
+        self.register_buffer("unit_sizes", unit_sizes(shape, None), persistent=False)
         self.norm = nn.LayerNorm(router_dim)
         self.query_key_up = nn.Linear(router_dim, shape.num_units, bias=False)
         self.query_key_offset = nn.Parameter(torch.zeros(shape.num_units))
@@ -90,7 +90,7 @@ class TrainedHeadGate(HeadGate):
     def make_masks(self, embedding: Tensor, noise: LayerNoise, widths: Widths | None) -> None:
         """Compute the masks of a step from embeddings [N, R]; with ``widths``, of exactly these widths."""
         self._mean, self._noise, self._widths = self.mean_embedding(embedding), noise, widths
-        self.qk_width = self.vo_width = self._mean.new_tensor(float(len(self.units)))
+        self.qk_width = self.vo_width = self._mean.new_full((), float(len(self.units)))
         self._query_key_mask = self._static_value_mask = None
         if self.keeps_query_key and (self.keeps_value or self.vo_mode == "dynamic"):
             return
@@ -118,7 +118,7 @@ class TrainedHeadGate(HeadGate):
             return width_mask(logits, num_dims // 2, noise, self.tau)
         noisy = logits if noise is None else logits + noise
         kept = choose_units(noisy.detach(), num_dims, self.shape)
-        threshold = noisy.detach()[kept].min()
+        threshold = noisy.detach().masked_fill(~kept, torch.inf).min()
         return straight_through(kept, torch.sigmoid((noisy - threshold) / self.tau))
 
     def query_key_mask(self) -> Tensor | None:
@@ -180,7 +180,8 @@ class TrainedExpertGate(ExpertGate):
         logits = F.linear(hidden_states.float(), self.router.weight)
         experts, soft = sample_route(logits, self._router_noise, self.tau)
         clean = soft if self._router_noise is None else torch.softmax(logits / self.tau, dim=-1)
-        self.fractions = experts.flatten().bincount(minlength=logits.shape[-1]) / experts.numel()
+        is_chosen = experts.flatten().unsqueeze(-1) == torch.arange(logits.shape[-1], device=experts.device)
+        self.fractions = is_chosen.sum(dim=0) / experts.numel()  # bincount would wait for the device
         self.probabilities = clean.flatten(0, -2).mean(dim=0)
         return experts, soft
 

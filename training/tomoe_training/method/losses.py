@@ -6,13 +6,32 @@ from torch import Tensor
 
 from tomoe_vllm.hf.tomoe_math import BlockShape
 
-KD_CHUNK_TOKENS = 128
-"""Tokens whose logits exist at once: 2 x 128 x 49,152 floats are 50 MB. Larger chunks are not faster on CPUs."""
+CHUNK_BYTES = 2 << 30
+"""Upper bound of the logits that exist at once, at :data:`BYTES_PER_LOGIT`."""
+BYTES_PER_LOGIT = 16
+"""Teacher and student, logits and log-probabilities, in float32."""
+CPU_CHUNK, GPU_CHUNK = 128, 512
+"""Fewest tokens of a chunk: operations of a bfloat16 GEMM per byte of lm_head's weight that it reads. 512 is above what
+A100 (156) and H100 (295) need to be limited by arithmetic, and 128 above what CPUs need."""
+
+
+def chunk_tokens(hidden_states: Tensor, lm_head) -> int:
+    """Tokens whose logits exist at once.
+
+    As in Liger's fused linear losses, logits get about as much memory as the hidden states, ``num_tokens / (V / D)``
+    rounded up to a power of two, but no fewer tokens than keep the GEMM efficient and no more than
+    :data:`CHUNK_BYTES`. LLaMA-2 7B with 2,048 tokens on a GPU: 2048 / (32000 / 4096) = 256, raised to 512 (262 MB).
+    """
+    num_tokens, is_on_cpu = len(hidden_states), hidden_states.device.type == "cpu"
+    vocab_size, hidden_size = lm_head.weight.shape
+    by_memory = -(-num_tokens // -(-vocab_size // hidden_size))
+    chunk = max(1 << (by_memory - 1).bit_length(), CPU_CHUNK if is_on_cpu else GPU_CHUNK)
+    return max(1, min(chunk, CHUNK_BYTES // (BYTES_PER_LOGIT * vocab_size), num_tokens))
 
 
 def f_reg(value: Tensor, target: float) -> Tensor:
     """``log(max(x, y) / min(x, y))`` = ``|log x - log y|``, the f_reg of eq. 7 and 8."""
-    return (value.clamp(min=1e-6).log() - torch.tensor(target).log().to(value)).abs()
+    return (value.clamp(min=1e-6).log() - torch.tensor(target, device="cpu").log().item()).abs()
 
 
 def parameter_loss(
@@ -50,7 +69,7 @@ class _ChunkedKD(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, student: Tensor, teacher: Tensor, weight: Tensor, bias: Tensor | None, chunk: int):
-        total = torch.zeros((), dtype=torch.float64)
+        total = torch.zeros((), dtype=torch.float64, device=student.device)
         gradient = torch.empty_like(student) if student.requires_grad else None
         for start in range(0, len(student), chunk):
             rows = slice(start, start + chunk)
@@ -58,12 +77,12 @@ class _ChunkedKD(torch.autograd.Function):
             log_p = F.log_softmax(F.linear(teacher[rows], weight, bias).float(), dim=-1)
             p = log_p.exp()
             # sum p (log p - log q), then dKL/dlogits = q - p, both in place: these tensors are the memory peak.
-            total += torch.sum(log_p.sub_(log_q).mul_(p)).double().cpu()
+            total += torch.sum(log_p.sub_(log_q).mul_(p)).double()
             if gradient is not None:
                 gradient[rows] = log_q.exp_().sub_(p).to(weight.dtype) @ weight
         ctx.save_for_backward(gradient)
         ctx.num_tokens = len(student)
-        return (total / len(student)).to(student.device, torch.float32)
+        return (total / len(student)).float()
 
     @staticmethod
     def backward(ctx, *grad_outputs):
@@ -71,13 +90,18 @@ class _ChunkedKD(torch.autograd.Function):
         return gradient * (grad_outputs[0] / ctx.num_tokens).to(gradient.dtype), None, None, None, None
 
 
-def distillation_loss(student: Tensor, teacher: Tensor, lm_head, chunk: int = KD_CHUNK_TOKENS) -> Tensor:
-    """Mean KL(teacher || student) per token, nats. Hidden states [T, D] after the final norm, any float dtype."""
+def distillation_loss(student: Tensor, teacher: Tensor, lm_head, chunk: int | None = None) -> Tensor:
+    """Mean KL(teacher || student) per token, nats. Hidden states [T, D] after the final norm, any float dtype.
+
+    ``chunk`` is the number of tokens at once, by default :func:`chunk_tokens`.
+    """
+    chunk = chunk or chunk_tokens(student, lm_head)
     return _ChunkedKD.apply(student, teacher, lm_head.weight, lm_head.bias, chunk)
 
 
-def language_model_loss(student: Tensor, labels: Tensor, lm_head, chunk: int = KD_CHUNK_TOKENS) -> Tensor:
+def language_model_loss(student: Tensor, labels: Tensor, lm_head, chunk: int | None = None) -> Tensor:
     """Mean cross-entropy of the next tokens (the paper's ablation). [T, D] and [T] int64, already shifted."""
+    chunk = chunk or chunk_tokens(student, lm_head)
     total = student.new_zeros((), dtype=torch.float32)
     for start in range(0, len(student), chunk):
         rows = slice(start, start + chunk)
@@ -85,5 +109,7 @@ def language_model_loss(student: Tensor, labels: Tensor, lm_head, chunk: int = K
         def nll(hidden: Tensor, target: Tensor) -> Tensor:
             return F.cross_entropy(lm_head(hidden).float(), target, reduction="sum")
 
-        total = total + torch.utils.checkpoint.checkpoint(nll, student[rows], labels[rows], use_reentrant=False)
+        total = total + torch.utils.checkpoint.checkpoint(
+            nll, student[rows], labels[rows], use_reentrant=False, preserve_rng_state=False
+        )
     return total / len(student)

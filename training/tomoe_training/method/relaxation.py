@@ -1,7 +1,7 @@
 """Gumbel relaxations with straight-through gradients (appendix A.3), and their noise.
 
-The noise of a step is a pure function of (seed, step, sequence). Training checkpoints need no random state, and
-two processes with one sequence each draw the same noise as one process with both.
+The noise of a step is a pure function of (seed, step, sequence) on one kind of device. Training checkpoints need no
+random state, and two processes with one sequence each draw the same noise as one process with both.
 """
 
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tomoe_training.seeds import Stream, generator
+from tomoe_training.seeds import Stream, generator_on
 from tomoe_vllm.hf.tomoe_math import GUMBEL_MEDIAN, KEEP_BIAS
 
 
@@ -31,10 +31,13 @@ def straight_through(hard: Tensor, soft: Tensor) -> Tensor:
     return _StraightThrough.apply(hard, soft)
 
 
-def gumbel(shape: tuple[int, ...], random: np.random.Generator) -> Tensor:
-    """Gumbel(0, 1) noise, float32, on the CPU."""
-    uniform = torch.from_numpy(random.random(shape, dtype=np.float32)).clamp_(1e-20, 1 - 1e-7)
-    return -torch.log(-torch.log(uniform))
+def gumbel(shape: tuple[int, ...], random: np.random.Generator | torch.Generator) -> Tensor:
+    """Gumbel(0, 1) noise, float32, on the generator's device (NumPy's: on the CPU)."""
+    if isinstance(random, torch.Generator):
+        uniform = torch.rand(shape, generator=random, device=random.device)
+    else:
+        uniform = torch.from_numpy(random.random(shape, dtype=np.float32))
+    return -torch.log(-torch.log(uniform.clamp_(1e-20, 1 - 1e-7)))
 
 
 def sample_mask(logits: Tensor, noise: Tensor | None, tau: float) -> Tensor:
@@ -92,6 +95,7 @@ class StepNoise:
 class NoiseSource:
     """Draws the noise of a step, scaled by ``mask_scale`` and ``router_scale``: 1 as in the paper, 0 for none."""
 
+    device: torch.device
     seed: int
     num_layers: int
     num_experts: int
@@ -106,6 +110,7 @@ class NoiseSource:
         """Noise with the shapes and scales of a student."""
         shape, settings = student.shape, student.settings
         return cls(
+            device=student.value_quantiles.device,
             seed=seed,
             num_layers=len(student.expert_gates),
             num_experts=settings.num_experts,
@@ -119,8 +124,10 @@ class NoiseSource:
     def draw(self, step: int, sequence_ids: list[int], length: int) -> StepNoise:
         """Noise of ``step`` for sequences, given by their global indices, of ``length`` tokens."""
         layers, masks, routes = self.num_layers, self.mask_scale, self.router_scale
-        shared = generator(self.seed, Stream.SHARED_NOISE, step)
-        per_token = [generator(self.seed, Stream.SEQUENCE_NOISE, step, sequence) for sequence in sequence_ids]
+        shared = generator_on(self.device, self.seed, Stream.SHARED_NOISE, step)
+        per_token = [
+            generator_on(self.device, self.seed, Stream.SEQUENCE_NOISE, step, sequence) for sequence in sequence_ids
+        ]
 
         def tokens(width: int, scale: float) -> Tensor | None:
             if not scale:

@@ -52,9 +52,14 @@ class Student(nn.Module):
         self._base = (base,)  # in a tuple, nn.Module does not register it as a submodule
         # Quantiles of each layer's value logits over training tokens and dims, a running mean.
         self.register_buffer("value_quantiles", torch.zeros(num_layers, NUM_QUANTILES))
-        self._step_quantiles: list[tuple[list[int], Tensor]] = []
+        self._step_quantiles: list[Tensor] = []
+        # Layers that have some.
+        self.value_rows: Tensor
+        self.register_buffer("value_rows", torch.arange(num_layers), persistent=False)
         self.widths: Widths | None = None
         self.widths_are_frozen = False
+        self.spans_ranks = True
+        """Whether R_L and R_P are those of the batch of all processes, or of each forward pass."""
 
     @property
     def base(self):
@@ -71,7 +76,7 @@ class Student(nn.Module):
         """Compute the masks of one step; without noise they are deterministic."""
         embeddings = self.hypernetwork()
         for i, (head, expert) in enumerate(zip(self.head_gates, self.expert_gates, strict=True)):
-            layer = NOISE_FREE if noise is None else _layer_noise(noise, i, embeddings.device)
+            layer = NOISE_FREE if noise is None else _layer_noise(noise, i)
             head.make_masks(embeddings[2 * i], layer, self.widths)
             expert.make_masks(embeddings[2 * i + 1], layer, self.widths)
 
@@ -100,15 +105,18 @@ class Student(nn.Module):
 
     def _objective(self, task: Tensor) -> dict[str, Tensor]:
         settings, heads, experts = self.settings, self.head_gates, self.expert_gates
+        vo_widths = torch.stack([h.vo_width for h in heads])
+        fractions = torch.stack([e.fractions for e in experts])
+        if self.spans_ranks:
+            vo_widths, fractions = mean_with_local_gradient(vo_widths), mean_with_local_gradient(fractions)
         r_p, ratio = parameter_loss(
             [h.qk_width for h in heads],
-            list(mean_with_local_gradient(torch.stack([h.vo_width for h in heads]))),
+            list(vo_widths),
             [e.masks.sum(dim=-1).max() for e in experts],
             self.shape,
             settings.active_ratio,
         )
         r_u, union = union_loss([e.clean_masks for e in experts])
-        fractions = mean_with_local_gradient(torch.stack([e.fractions for e in experts]))
         r_l = load_balance_loss(fractions, torch.stack([e.probabilities for e in experts]))
         loss = task + settings.beta * r_u + settings.gamma * r_l
         if self.widths is None:
@@ -156,17 +164,17 @@ class Student(nn.Module):
     def _record_quantiles(self) -> None:
         """Store the quantiles of this forward pass until the step ends."""
         if self.settings.vo_mode == "dynamic":
-            rows = [i for i, head in enumerate(self.head_gates) if not head.keeps_value]
-            if rows:
-                self._step_quantiles.append((rows, torch.stack([self.head_gates[i].batch_quantiles for i in rows])))
+            quantiles = [head.batch_quantiles for head in self.head_gates if not head.keeps_value]
+            if quantiles:
+                self._step_quantiles.append(torch.stack(quantiles))
 
     @torch.no_grad()
     def update_quantiles(self, decay: float = QUANTILE_DECAY) -> None:
         """Once per optimizer step: move the running quantiles towards the mean over its forward passes."""
         if self._step_quantiles:
-            rows = self._step_quantiles[0][0]
-            mean = mean_over_ranks(torch.stack([quantiles for _, quantiles in self._step_quantiles]).mean(dim=0))
-            self.value_quantiles[rows] = torch.lerp(mean, self.value_quantiles[rows], decay)
+            mean = mean_over_ranks(torch.stack(self._step_quantiles).mean(dim=0))
+            running = self.value_quantiles.index_select(0, self.value_rows)
+            self.value_quantiles.index_copy_(0, self.value_rows, torch.lerp(mean, running, decay))
         self._step_quantiles.clear()
 
     @torch.no_grad()
@@ -193,6 +201,8 @@ class Student(nn.Module):
         self.widths_are_frozen = True
         for head in self.head_gates:
             head.freeze_widths(self.widths)
+        rows = [i for i, head in enumerate(self.head_gates) if not head.keeps_value]
+        self.value_rows = torch.tensor(rows, dtype=torch.long, device=self.value_rows.device)
 
     @torch.no_grad()
     def layer_adapters(self) -> list[LayerAdapter]:
@@ -233,6 +243,6 @@ class Student(nn.Module):
             expert.offset.add_(layer.logits.experts - expert.logits(embeddings[2 * i + 1]))
 
 
-def _layer_noise(noise: StepNoise, i: int, device: torch.device) -> LayerNoise:
+def _layer_noise(noise: StepNoise, i: int) -> LayerNoise:
     parts = (noise.experts, noise.query_key, noise.router, noise.value)
-    return LayerNoise(*(None if part is None else part[i].to(device) for part in parts))
+    return LayerNoise(*(None if part is None else part[i] for part in parts))
