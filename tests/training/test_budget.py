@@ -1,5 +1,7 @@
 """Budgets: never above p, and close to it."""
 
+import dataclasses
+
 import pytest
 import torch
 from tomoe_training.budget import (
@@ -160,6 +162,37 @@ def test_units_of_a_partial_rotary_head_fill_the_dims_exactly(num_dims):
     shape = SHAPES["phi-2"]
     logits = torch.randn(64, generator=torch.Generator().manual_seed(num_dims))
     assert _kept_dims(choose_units(logits, num_dims, shape), shape) == num_dims
+
+
+def _greedy_units(logits, num_dims, shape):
+    """The definition, one unit after the other: a unit that exceeds the remaining dims is skipped."""
+    kept, left = [], num_dims
+    for unit in sorted(range(shape.num_units), key=lambda u: (-logits[u].item(), u)):
+        size = 2 if unit < shape.rotary_dim // 2 else 1
+        if size <= left:
+            kept.append(unit)
+            left -= size
+    return sorted(kept), left
+
+
+@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("num_dims", [1, 2, 7, 33, 48, 79, 80])
+def test_units_are_those_of_a_greedy_choice(num_dims, seed):
+    logits = torch.randn(64, generator=torch.Generator().manual_seed(seed)).round(decimals=1)  # with ties
+    expected, left = _greedy_units(logits, num_dims, SHAPES["phi-2"])
+    kept = choose_units(logits, num_dims, SHAPES["phi-2"]).nonzero().flatten().tolist()
+    assert left or kept == expected
+
+
+def test_last_single_dim_makes_room_for_a_pair():
+    shape = dataclasses.replace(SHAPES["phi-2"], head_dim=8, rotary_dim=6)  # three pairs, two single dims
+    logits = torch.tensor([3.0, 2.0, 1.0, 5.0, 4.0])
+    assert _greedy_units(logits, 5, shape) == ([0, 3, 4], 1)
+    assert choose_units(logits, 5, shape).tolist() == [True, True, False, True, False]
+
+
+def test_choosing_units_reads_no_value_from_the_device():
+    choose_units(torch.empty(64, device="meta"), 33, SHAPES["phi-2"])  # a value cannot be read from "meta"
 
 
 def test_best_units_are_kept_first():

@@ -5,7 +5,7 @@ from collections import Counter
 
 import pytest
 import torch
-from tomoe_training.data import InterleavedBlocks, alpaca_text, load_documents, pack, sample_from_model
+from tomoe_training.data import InterleavedBlocks, alpaca_text, load_documents, micro_batches, pack, sample_from_model
 
 from tests.helpers.dense_models import BOS, EOS, UNKNOWN, dense_model, word_tokenizer
 
@@ -196,3 +196,17 @@ def test_sampling_text_does_not_change_the_random_state():
     assert all(word.startswith("w") for text in texts for word in text.split())
     assert texts == sample_from_model(model, tokenizer, num_tokens=64, length=16, seed=1, batch_size=4)
     assert texts != sample_from_model(model, tokenizer, num_tokens=64, length=16, seed=2, batch_size=4)
+
+
+# ------------------------------------------------------------------------------------ division of a batch
+def test_batch_is_divided_over_processes_and_passes():
+    assert micro_batches(4, None, 0, 1) == [range(4)]
+    assert micro_batches(4, None, 1, 2) == [range(2, 4)]
+    assert micro_batches(8, 2, 1, 2) == [range(4, 6), range(6, 8)]
+
+
+def test_batch_that_cannot_be_divided_names_what_fits():
+    with pytest.raises(ValueError, match=r"batch_size 2 does not divide into whole sequences on 8 processes; use 1, 2"):
+        micro_batches(2, None, 0, 8)
+    with pytest.raises(ValueError, match=r"micro-batches of 2 on 3 processes; use 1, 2, 4 processes or set .* of 6"):
+        micro_batches(8, 2, 0, 3)

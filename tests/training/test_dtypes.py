@@ -2,7 +2,9 @@
 
 import pytest
 import torch
-from tomoe_training.dtypes import default_device, evaluation_dtype, has_fast_bfloat16, training_dtype
+from tomoe_training.dtypes import default_device, evaluation_dtype, has_fast_bfloat16, to_device, training_dtype
+
+from tests.helpers.pretended_gpu import pretended_gpu, record_synchronizations
 
 
 @pytest.mark.parametrize(
@@ -18,10 +20,21 @@ def test_bfloat16_is_chosen_where_the_hardware_multiplies_it_fast(units, is_fast
     assert has_fast_bfloat16(torch.device("cuda"))
 
 
-def test_command_runs_on_the_gpu_if_there_is_one(monkeypatch):
-    for is_available, expected in ((True, "cuda"), (False, "cpu")):
-        monkeypatch.setattr(torch.cuda, "is_available", lambda value=is_available: value)
-        assert default_device().type == expected
+def test_command_runs_on_the_gpu_if_there_is_one():
+    assert default_device().type == "cpu"
+    with pretended_gpu() as device:
+        assert default_device().type == device.type
+
+
+def test_batch_reaches_the_gpu_without_a_wait():
+    batch = torch.arange(6).view(2, 3)
+    assert to_device(batch, torch.device("cpu")) is batch
+    with pretended_gpu() as device:
+        with record_synchronizations() as waits:
+            copy = to_device(batch, device)
+        assert len(waits) == 0, waits
+        assert copy.device == device
+        assert torch.equal(copy.cpu(), batch)
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from tomoe_training import trainer
 from tomoe_training.artifacts.adapter import ADAPTER_CONFIG, ADAPTER_TENSORS, Adapter
 from tomoe_training.artifacts.export import export_checkpoint, plan_widths
 from tomoe_training.artifacts.inspection import inspect
@@ -13,6 +14,7 @@ from tomoe_training.trainer import train
 from transformers import AutoConfig
 
 from tests.helpers.dense_models import random_text
+from tests.helpers.pretended_gpu import pretended_gpu, record_synchronizations
 from tests.helpers.runs import SETTINGS, assert_identical, assignments, largest_difference, metrics, tensors
 from tomoe_vllm.hf.configuration_tomoe import block_shape
 
@@ -80,6 +82,34 @@ def test_every_mode_trains_and_exports_within_the_budget(fields, config, dense_f
     assert all(torch.isfinite(t).all() for t in tensors(tmp_path / "out").values())
     export_checkpoint(dense_folder(), tmp_path / "out", tmp_path / "model", width_multiple=8, head_dim_multiple=4)
     assert inspect(tmp_path / "model")["active_ratio"] <= run.active_ratio
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"budget": "penalty", "mask_noise": 1.0, "router_noise": 1.0},  # the paper
+        {"family": "phi", "head_dim_multiple": 1, "micro_batch_size": 1},  # pairs and single dims
+    ],
+    ids=lambda fields: "-".join(f"{k}={v}" for k, v in fields.items()) or "default",
+)
+def test_step_does_not_wait_for_the_gpu(fields, config, dense_folder, tmp_path, monkeypatch):
+    """The host may wait when the terms are read: every ``log_every`` steps, and before a file is written."""
+    step, in_steps = trainer._Run._step, []
+
+    def counted(self, *arguments):
+        before = len(waits)
+        step(self, *arguments)
+        in_steps.extend(waits.items[before:])
+
+    monkeypatch.setattr(trainer._Run, "_step", counted)
+    monkeypatch.setattr(trainer._Run, "_initialize_student", lambda self: None)  # it waits, once in a run
+    base = str(dense_folder(fields.get("family", "llama")))
+    settings = {k: v for k, v in fields.items() if k != "family"} | {"base": base, "widths_every": 0, "steps": 3}
+    with pretended_gpu(), record_synchronizations() as waits:
+        train(config(log_every=2, checkpoint_every=100, **settings), tmp_path / "out")
+    assert in_steps == [], str(waits)
+    assert sum("terms.py" in wait.place for wait in waits.items) == 2  # after steps 2 and 3
 
 
 @pytest.mark.parametrize("family", ["mistral", "qwen3", "phi"])

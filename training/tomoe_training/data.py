@@ -149,6 +149,26 @@ class InterleavedBlocks:
         return known[1]
 
 
+def micro_batches(batch_size: int, micro_batch_size: int | None, rank: int, num_ranks: int) -> list[range]:
+    """Rows of the global batch that process ``rank`` gets, in the parts that go through the model at once.
+
+    A micro-batch has the same rows for every number of processes, unless ``micro_batch_size`` is None: then it is
+    all that the process gets. Raises ``ValueError`` if the batch cannot be divided.
+    """
+    step = num_ranks * (micro_batch_size or 1)
+    if batch_size % step:
+        parts = f"micro-batches of {micro_batch_size}" if micro_batch_size else "whole sequences"
+        fitting = [n for n in range(1, batch_size + 1) if batch_size % (n * (micro_batch_size or 1)) == 0]
+        processes = f"use {', '.join(map(str, fitting))} processes or " if fitting else ""
+        raise ValueError(
+            f"batch_size {batch_size} does not divide into {parts} on {num_ranks} processes; {processes}set batch_size "
+            f"to a multiple of {step}"
+        )
+    local = batch_size // num_ranks
+    micro = micro_batch_size or local
+    return [range(i, i + micro) for i in range(rank * local, (rank + 1) * local, micro)]
+
+
 @torch.no_grad()
 def sample_from_model(
     model, tokenizer, *, num_tokens: int, length: int, seed: int, batch_size: int = 16, is_sharded: bool = False

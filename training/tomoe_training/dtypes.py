@@ -1,13 +1,19 @@
 """Device of a command, and dtypes on different hardware."""
 
 import torch
+from torch import Tensor
 
 EVALUATION_DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 def default_device() -> torch.device:
     """The device of a command that runs in one process: the current GPU, or else the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copy a CPU tensor without waiting for the work that the device still has to do."""
+    return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
 
 
 def has_fast_bfloat16(device: torch.device) -> bool:

@@ -38,15 +38,18 @@ from tomoe_training.artifacts.safetensors_io import (
     stored_tensors,
     write_tensors,
 )
+from tomoe_training.base_model import use_causal_attention
 from tomoe_training.config import LEARNING_RATES, FinetuneConfig
 from tomoe_training.data import InterleavedBlocks, load_documents, pack
-from tomoe_training.dtypes import default_device, has_fast_bfloat16
+from tomoe_training.dtypes import default_device, has_fast_bfloat16, to_device
 from tomoe_training.evaluation.perplexity import load_model
 from tomoe_training.method.losses import language_model_loss
 from tomoe_training.progress import TrainProgress
 
 WARMUP_SHARE = 0.03
 MAX_GRAD_NORM = 1.0
+READ_EVERY = 10
+"""Steps between two readings of the loss, each of which waits for the device."""
 PROVENANCE = "tomoe_provenance.json"
 GATES = ("head_gate", "expert_gate")
 
@@ -134,23 +137,36 @@ def train_steps(model, trained: list[nn.Parameter], blocks: InterleavedBlocks, c
     scheduler = get_scheduler(
         "cosine", optimizer, num_warmup_steps=math.ceil(WARMUP_SHARE * config.steps), num_training_steps=config.steps
     )
+    use_causal_attention(model, config.sequence_length)
     losses: list[float] = []
+    unread: list[Tensor] = []
     started = time.perf_counter()
     with TrainProgress(config.steps, 0, is_on=True) as progress:
         for step in range(config.steps):
-            ids = blocks.batch(step, range(config.batch_size), config.batch_size).to(model.device)
+            ids = to_device(blocks.batch(step, range(config.batch_size), config.batch_size), model.device)
             loss = loss_of(model, ids)
-            if not math.isfinite(loss.item()):
-                raise FloatingPointError(f"the loss is {loss.item()} at step {step + 1}; lower --learning-rate")
             loss.backward()
             nn.utils.clip_grad_norm_(trained, MAX_GRAD_NORM)
             optimizer.step()
             scheduler.step()
             optimizer.zero_grad(set_to_none=True)
-            losses.append(loss.item())
-            tokens_per_s = len(losses) * ids.numel() / (time.perf_counter() - started)
-            progress.show(step + 1, f"loss {losses[-1]:.4f}; {tokens_per_s:.0f} tokens/s")
+            unread.append(loss.detach())
+            progress.advance(step + 1)
+            if len(unread) == READ_EVERY or step + 1 == config.steps:
+                losses += _read_losses(unread, len(losses))
+                unread.clear()
+                tokens_per_s = len(losses) * ids.numel() / (time.perf_counter() - started)
+                progress.show(step + 1, f"loss {losses[-1]:.4f}; {tokens_per_s:.0f} tokens/s")
     return losses
+
+
+def _read_losses(losses: list[Tensor], first_step: int) -> list[float]:
+    """Copy losses from the device, which waits for it. Raises ``FloatingPointError`` if one is not finite."""
+    values = torch.stack(losses).tolist()
+    for step, value in enumerate(values, start=first_step + 1):
+        if not math.isfinite(value):
+            raise FloatingPointError(f"the loss is {value} at step {step}; lower --learning-rate")
+    return values
 
 
 def loss_of(model, ids: Tensor) -> Tensor:

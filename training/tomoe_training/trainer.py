@@ -29,8 +29,8 @@ from tomoe_training.artifacts.training_state import check_state
 from tomoe_training.base_model import load_base, use_causal_attention
 from tomoe_training.budget import Widths
 from tomoe_training.config import RunConfig
-from tomoe_training.data import InterleavedBlocks, load_documents, pack, sample_from_model
-from tomoe_training.dtypes import training_dtype
+from tomoe_training.data import InterleavedBlocks, load_documents, micro_batches, pack, sample_from_model
+from tomoe_training.dtypes import to_device, training_dtype
 from tomoe_training.method.relaxation import NoiseSource
 from tomoe_training.method.student import Student
 from tomoe_training.process_setup import hide_progress_bars, release_memory
@@ -97,7 +97,9 @@ class _Run:
                 "FSDP in accelerate's settings would shard the gates; launch plain processes and set shard_base to "
                 "true, which shards the frozen base (FSDP2)"
             )
-        self._divide_batch()
+        self.micro_batches = micro_batches(
+            config.batch_size, config.micro_batch_size, self.accelerator.process_index, self.accelerator.num_processes
+        )
         self._open_run_folder()
         hide_progress_bars()
         torch.manual_seed(config.seed)
@@ -119,21 +121,6 @@ class _Run:
         self.terms = TermHistory()
 
     # -------------------------------------------------------------------------------------------------------- set-up
-    def _divide_batch(self) -> None:
-        world, config = self.accelerator.num_processes, self.config
-        size, micro = config.batch_size, config.micro_batch_size or 1
-        if size % (world * micro):
-            fitting = [n for n in range(1, size + 1) if size % (n * micro) == 0]
-            hint = f"use {' or '.join(map(str, fitting))} processes" if fitting else "lower micro_batch_size"
-            raise ValueError(
-                f"batch_size {size} does not divide into micro-batches of {micro} on {world} processes: {hint}, or a "
-                f"multiple of {world * micro} as batch_size"
-            )
-        local = size // world
-        micro = config.micro_batch_size or local
-        first = self.accelerator.process_index * local
-        self.micro_batches = [range(first + i, first + i + micro) for i in range(0, local, micro)]
-
     def _open_run_folder(self) -> None:
         self.files.check(self.config)
         self.accelerator.wait_for_everyone()
@@ -221,7 +208,7 @@ class _Run:
         self.student.calibrate(torch.cat(batches[:4]))
 
     def _on_device(self, tensor: Tensor) -> Tensor:
-        return tensor.to(self.accelerator.device, non_blocking=True)
+        return to_device(tensor, self.accelerator.device)
 
     # ---------------------------------------------------------------------------------------------------------- loop
     def run(self) -> dict[str, Any]:

@@ -5,6 +5,9 @@ import math
 import pytest
 import torch
 from tomoe_training.method.losses import (
+    BYTES_PER_LOGIT,
+    CHUNK_BYTES,
+    chunk_tokens,
     distillation_loss,
     f_reg,
     language_model_loss,
@@ -70,6 +73,26 @@ def test_union_gradient_reaches_neurons_that_no_other_expert_keeps():
     assert_close(masks.grad, expected)
 
 
+def test_union_and_its_gradient_are_those_of_the_product():
+    generator = torch.Generator().manual_seed(0)
+    layers = [(torch.rand(5, 40, generator=generator) < 0.3).double().requires_grad_() for _ in range(3)]
+    products = [(1 - torch.prod(1 - mask, dim=0)).mean() for mask in layers]
+    expected = torch.autograd.grad(-torch.stack(products).log().mean(), layers)
+    loss, union = union_loss(layers)
+    assert union.item() == pytest.approx(torch.stack(products).mean().item())
+    for mine, theirs in zip(torch.autograd.grad(loss, layers), expected, strict=True):
+        assert_close(mine, theirs)
+
+
+def test_union_loss_reads_no_value_from_the_device():
+    mask = torch.ones(4, 8, device="meta", requires_grad=True)  # a value cannot be read from "meta"
+    union_loss([mask])[0].backward()
+
+
+def test_union_of_nan_is_nan():
+    assert union_loss([torch.tensor([[1.0, float("nan")], [0.0, 0.0]])])[0].isnan()
+
+
 def test_load_balance_is_one_over_n_at_balance_and_one_when_collapsed():
     balanced = torch.full((3, 8), 1 / 8)
     assert load_balance_loss(balanced, balanced).item() == pytest.approx(1 / 8)
@@ -120,6 +143,35 @@ def test_distillation_loss_and_gradient_equal_the_dense_ones(num_tokens, chunk, 
     (3 * loss).backward()
     assert 3 * loss.item() == pytest.approx(expected.item(), rel=1e-5)
     assert_close(student.grad, exact.grad)
+
+
+@pytest.mark.parametrize(
+    ("vocab_size", "hidden_size", "num_tokens", "device", "expected"),
+    [
+        (32000, 4096, 2048, "meta", 512),  # LLaMA-2 7B on a GPU: for a full GEMM
+        (32000, 4096, 16384, "meta", 2048),  # Liger's example: as much memory as the hidden states
+        (128256, 4096, 2048, "meta", 512),
+        (152064, 3584, 100_000, "meta", 882),  # at most 2 GiB
+        (49152, 576, 1024, "cpu", 128),
+        (32000, 4096, 100, "meta", 100),  # no more than there are
+        (93, 64, 1, "cpu", 1),
+    ],
+)
+def test_chunk_follows_vocabulary_and_hidden_size(vocab_size, hidden_size, num_tokens, device, expected):
+    with torch.device("meta"):
+        head = nn.Linear(hidden_size, vocab_size, bias=False)
+    chunk = chunk_tokens(torch.empty(num_tokens, hidden_size, device=device), head)
+    assert chunk == expected
+    assert chunk * vocab_size * BYTES_PER_LOGIT <= CHUNK_BYTES
+
+
+def test_distillation_loss_reads_no_value_from_the_device():
+    with torch.device("meta"):  # a value cannot be read from it
+        head = nn.Linear(12, 40).requires_grad_(False)
+        student, teacher = torch.empty(300, 12, requires_grad=True), torch.empty(300, 12)
+    loss = distillation_loss(student, teacher, head, chunk=128)
+    loss.backward()
+    assert loss.device.type == student.grad.device.type == "meta"
 
 
 def test_distillation_loss_of_the_teacher_is_zero(lm_head):

@@ -15,6 +15,7 @@ from tomoe_training.method.relaxation import (
 )
 
 from tests.helpers.compare import assert_close, is_close
+from tests.helpers.pretended_gpu import pretended_gpu, record_synchronizations
 
 TAU = 0.4
 
@@ -168,6 +169,37 @@ def test_noise_does_not_depend_on_how_sequences_are_split():
         assert torch.equal(part.router, together.router[:, ids])
         assert torch.equal(part.value, together.value[:, ids])
     assert not torch.equal(together.router[:, 0], together.router[:, 1])
+
+
+def test_noise_of_a_gpu_is_drawn_there_for_each_sequence_alone():
+    with pretended_gpu() as device, record_synchronizations() as waits:
+        together = _source(device=device).draw(3, [0, 1, 2, 3], 6)
+        again, other = _source(device=device).draw(3, [0, 1, 2, 3], 6), _source(device=device).draw(4, [0, 1, 2, 3], 6)
+        parts = {ids: _source(device=device).draw(3, list(ids), 6) for ids in ((0,), (2, 3))}
+        assert len(waits) == 0, waits
+        for name in ("experts", "query_key", "router", "value"):
+            assert getattr(together, name).device == device
+            assert torch.equal(getattr(together, name), getattr(again, name))
+            assert not torch.equal(getattr(together, name), getattr(other, name))
+        for ids, part in parts.items():
+            assert torch.equal(part.experts, together.experts)
+            assert torch.equal(part.router, together.router[:, list(ids)])
+            assert torch.equal(part.value, together.value[:, list(ids)])
+        assert not torch.equal(together.router[:, 0], together.router[:, 1])
+
+
+def test_noise_of_a_gpu_has_the_mean_and_spread_of_its_distribution():
+    noise = gumbel((400_000,), torch.Generator().manual_seed(0)).double()
+    assert noise.mean().item() == pytest.approx(0.5772156649, abs=0.01)
+    assert noise.std().item() == pytest.approx(math.pi / math.sqrt(6), abs=0.01)
+    assert torch.isfinite(noise).all()
+
+
+def test_noise_of_a_cpu_is_that_of_earlier_versions():
+    """Numbers of commit e3b3fb0: a run that was started there is resumed with the same noise."""
+    noise = _source(seed=5).draw(2, [7], 3)
+    values = [noise.experts[1, 2, 3], noise.query_key[0, 1], noise.router[1, 0, 2, 0], noise.value[0, 0, 1, 5]]
+    assert [value.item() for value in values] == pytest.approx([0.3781690, 0.0218059, 3.1370046, -0.6697653], abs=1e-6)
 
 
 def test_scale_zero_is_no_noise_and_scale_two_is_twice_the_noise():

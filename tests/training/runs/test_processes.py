@@ -58,12 +58,17 @@ def test_killed_run_ends_with_the_same_bits(config, tmp_path):
     assert (killed / ADAPTER_TENSORS).stat().st_mtime_ns == before
 
 
-@pytest.mark.parametrize("shard_base", [False, True], ids=["copies", "sharded"])
-def test_two_processes_train_the_adapter_of_one(shard_base, config, tmp_path):
-    fields = {"mask_noise": 1.0, "router_noise": 1.0, "steps": 5}
+_MICRO = {"batch_size": 4, "micro_batch_size": 1}  # as in the recipes
+
+
+@pytest.mark.parametrize(
+    "fields", [{}, {"shard_base": True}, {**_MICRO, "budget": "penalty"}], ids=["copies", "sharded", "micro-batches"]
+)
+def test_two_processes_train_the_adapter_of_one(fields, config, tmp_path):
+    fields = {"mask_noise": 1.0, "router_noise": 1.0, "steps": 5} | fields
     train(config(**fields), tmp_path / "one")
     launch = ["-m", "torch.distributed.run", "--nproc-per-node", 2, "--master-port", _free_port()]
-    sets = assignments(config(), **fields, shard_base=shard_base)
+    sets = assignments(config(), **fields)
     result = python(
         *launch, "-m", "tomoe_vllm.cli", "train", "--out", tmp_path / "two", *sets,
         env=environment(ACCELERATE_USE_CPU="true", GLOO_SOCKET_IFNAME="lo"),

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 import yaml
+from tomoe_training.config import load_run_config
+from tomoe_training.data import micro_batches
 
 RECIPES = Path(__file__).resolve().parents[3] / "training" / "recipes"
 
@@ -41,7 +43,7 @@ def test_dry_run_counts_what_was_published(name, active_ratio, run_cli, tmp_path
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_recipe_says_what_it_takes_and_what_to_expect(name):
     notes = yaml.safe_load((RECIPES / f"{name}.yaml").read_text())["notes"]
-    assert re.fullmatch(r"\d+ x A100 80 GB.*", notes["hardware"])
+    assert re.fullmatch(r"1, 2, 4 or 8 x A100 80 GB \(the paper: \d\)", notes["hardware"])
     assert re.fullmatch(r"\d+, estimated: .+", notes["gpu_hours"])
     assert any(key.startswith("paper") for key in notes)
     # The sum of memory: weights in bfloat16, what is trained, activations.
@@ -49,6 +51,16 @@ def test_recipe_says_what_it_takes_and_what_to_expect(name):
     terms = [float(part.split()[0]) for part in parts.split(" + ")]
     assert sum(terms) == pytest.approx(float(total), abs=1)
     assert terms[0] == pytest.approx(2e-9 * PUBLISHED[name][0], rel=0.03)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+@pytest.mark.parametrize("num_ranks", [1, 2, 4, 8])
+def test_recipe_runs_on_any_of_its_gpu_counts_with_the_same_micro_batches(name, num_ranks):
+    run = load_run_config(RECIPES / f"{name}.yaml", {}, [])
+    sizes = (run.batch_size, run.micro_batch_size)
+    parts = [part for rank in range(num_ranks) for part in micro_batches(*sizes, rank, num_ranks)]
+    assert parts == micro_batches(*sizes, 0, 1)
+    assert [row for part in parts for row in part] == list(range(8))
 
 
 def test_dry_run_without_a_model_or_an_architecture_says_so(run_cli, tmp_path):

@@ -60,6 +60,30 @@ def test_non_finite_loss_error_has_the_step_and_the_terms(cause, config, tmp_pat
     assert not (tmp_path / "out" / ADAPTER_CONFIG).exists()
 
 
+def test_state_with_noise_of_another_device_is_refused_and_kept(config, tmp_path):
+    """A GPU draws other numbers than the CPU: the run would mix two noises."""
+    noisy = config(mask_noise=1.0)
+    interrupt(noisy, tmp_path / "out")
+    file = tmp_path / "out" / "run" / "checkpoint.pt"
+    state = torch.load(file, weights_only=True)
+    assert state["noise_device"] == "cpu"
+    torch.save(state | {"noise_device": "cuda"}, file)
+    with pytest.raises(ValueError, match=r"noise was drawn on 'cuda', and 'cpu' draws other numbers: resume it there"):
+        train(noisy, tmp_path / "out")
+    del state["noise_device"]  # as older versions wrote it, which drew all noise on the CPU
+    torch.save(state, file)
+    assert train(noisy, tmp_path / "out")["resumed_from"] == 2
+
+
+def test_run_without_noise_may_be_resumed_on_another_device(config, tmp_path):
+    interrupt(config(), tmp_path / "out")
+    file = tmp_path / "out" / "run" / "checkpoint.pt"
+    state = torch.load(file, weights_only=True)
+    assert state["noise_device"] is None
+    torch.save(state, file)
+    assert train(config(), tmp_path / "out")["resumed_from"] == 2
+
+
 @pytest.mark.parametrize("field", ["checkpoint_every", "steps"])
 def test_non_finite_step_between_two_log_steps_reaches_no_file(field, config, tmp_path):
     """Terms are read every ``log_every`` steps, and before anything is written."""
@@ -93,7 +117,10 @@ def test_weights_that_overflow_in_a_finite_step_reach_no_file(fields, config, tm
         ({"data": ["/nowhere.txt"]}, "no such data file: /nowhere.txt"),
         ({"base": "/nowhere"}, "/nowhere is not a model folder"),
         ({"sequence_length": 100_000}, "shorter than one block of 100000 tokens"),
-        ({"micro_batch_size": 3, "batch_size": 4}, "micro_batch_size 3 does not divide the 4 sequences"),
+        (
+            {"micro_batch_size": 3, "batch_size": 4},
+            "batch_size 4 does not divide into micro-batches of 3 on 1 processes; set batch_size",
+        ),
         ({"init_adapter": "/nowhere"}, "/nowhere is not an adapter"),
     ],
 )

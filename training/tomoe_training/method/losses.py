@@ -45,9 +45,27 @@ def parameter_loss(
     return f_reg(ratio, active_ratio), ratio.detach()
 
 
+class _Union(torch.autograd.Function):
+    """``1 - prod_i (1 - mask_i)`` of masks [N, F] of ones and zeros, with its gradient.
+
+    A mask's gradient is 1 where no other mask is 1. (The backward pass of torch.prod counts zeros on the host.)
+    """
+
+    @staticmethod
+    def forward(ctx, masks: Tensor) -> Tensor:
+        counts = masks.sum(dim=0)
+        ctx.save_for_backward(counts == masks)
+        return counts.clamp(max=1)  # NaN stays NaN
+
+    @staticmethod
+    def backward(ctx, *grad_outputs):
+        (is_alone,) = ctx.saved_tensors
+        return grad_outputs[0] * is_alone
+
+
 def union_loss(masks: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """R_U (eq. 7, 16) over masks [N, F] per layer, and the mean union of the masks."""
-    unions = torch.stack([(1 - torch.prod(1 - mask, dim=0)).mean() for mask in masks])
+    """R_U (eq. 7, 16) over masks [N, F] of ones and zeros per layer, and the mean union of the masks."""
+    unions = torch.stack([_Union.apply(mask).mean() for mask in masks])
     return f_reg(unions, 1.0).mean(), unions.detach().mean()
 
 

@@ -112,7 +112,7 @@ class Student(nn.Module):
         r_p, ratio = parameter_loss(
             [h.qk_width for h in heads],
             list(vo_widths),
-            [e.masks.sum(dim=-1).max() for e in experts],
+            [e.masks.sum(dim=-1).amax() for e in experts],
             self.shape,
             settings.active_ratio,
         )

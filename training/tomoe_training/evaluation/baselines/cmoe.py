@@ -66,13 +66,15 @@ def cmoe(setup: BaselineSetup) -> MethodGates:
     activated: list[list[Tensor]] = [[] for _ in range(num_layers)]
 
     def record(layer: int, path: str, neurons: Tensor) -> None:
-        activated[layer].append(neurons.abs().topk(num_activated, dim=-1).indices.cpu())
+        activated[layer].append(neurons.abs().topk(num_activated, dim=-1).indices)
 
     tokens = setup.observe([setup.family.mlp_out], record)
     gates: list[ExpertGate] = []
     for parts in activated:
-        markers = torch.zeros(num_neurons, tokens)
-        markers.scatter_(0, torch.cat(parts).T, 1.0)  # [F, T]: 1 where the token activates the neuron
+        chosen = torch.cat(parts).T
+        markers = torch.zeros(num_neurons, tokens, device=chosen.device).scatter_(
+            0, chosen, 1.0
+        )  # [F, T]: 1 where the token activates the neuron
         gates.append(CMoEGate(*carve(markers, num_experts, num_active // 2), num_active - num_active // 2))
     widths = Widths(
         experts=[num_active * num_neurons // num_experts] * num_layers,
@@ -94,10 +96,10 @@ def carve(markers: Tensor, num_experts: int, num_shared: int) -> tuple[Tensor, T
     order = markers.sum(dim=1).argsort(descending=True, stable=True)
     routed = order[num_shared * size :]
     labels, centroids = _balanced_kmeans(markers[routed], num_experts - num_shared)
-    expert_of_neuron = torch.full((len(markers),), -1)
+    expert_of_neuron = torch.full((len(markers),), -1, device=markers.device)
     expert_of_neuron[routed] = labels
     distances = _distances(markers[routed], centroids)
-    outside = labels[:, None] != torch.arange(num_experts - num_shared)
+    outside = labels[:, None] != torch.arange(num_experts - num_shared, device=labels.device)
     return expert_of_neuron, routed[distances.masked_fill(outside, torch.inf).argmin(dim=0)]
 
 

@@ -14,14 +14,17 @@ In favour of this baseline: Experts that are not selected also send the router a
 (they are computed anyway). Without it the router would not learn at k = 1.
 """
 
+from pathlib import Path
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
 
+from tomoe_training.artifacts.export import load_base_config
 from tomoe_training.artifacts.training_state import check_state, load_state, save_state
+from tomoe_training.base_model import load_base, use_causal_attention
 from tomoe_training.budget import Widths
-from tomoe_training.dtypes import training_dtype
+from tomoe_training.dtypes import to_device, training_dtype
 from tomoe_training.evaluation.baselines.setup import BaselineSetup, MethodGates
 from tomoe_training.evaluation.baselines.widths import equal_experts, mlp_width
 from tomoe_training.method.losses import distillation_loss, load_balance_loss
@@ -102,8 +105,9 @@ def train_routers(setup: BaselineSetup, gates: MethodGates) -> None:
     """
     config = setup.config
     dtype = training_dtype(config.dtype, setup.base.device)
-    base = AutoModelForCausalLM.from_pretrained(config.base, dtype=dtype).eval().to(setup.base.device)
-    base.requires_grad_(False)
+    folder = Path(config.base)
+    base = load_base(folder, load_base_config(folder), dtype, setup.base.device, is_sharded=False)
+    use_causal_attention(base, config.sequence_length)
     gates.attach(base)
     lm_head, routers = base.get_output_embeddings(), [p for gate in gates.experts for p in gate.parameters()]
     optimizer = torch.optim.AdamW(routers, lr=config.learning_rate, weight_decay=config.weight_decay)
@@ -129,7 +133,7 @@ def train_routers(setup: BaselineSetup, gates: MethodGates) -> None:
         sums = torch.zeros((), dtype=torch.float64, device=base.device)
         for start in starts:
             rows = range(start, min(start + micro, config.batch_size))
-            ids = setup.blocks.batch(step, rows, config.batch_size).to(base.device, non_blocking=True)
+            ids = to_device(setup.blocks.batch(step, rows, config.batch_size), base.device)
             with torch.no_grad():
                 teacher = hidden_states(ids, is_on=False)
             task = distillation_loss(hidden_states(ids, is_on=True), teacher, lm_head)
