@@ -25,7 +25,7 @@ ALLOWED: dict[str, set[str]] = {
         "tomoe_vllm.layers", "tomoe_vllm.kernels", "tomoe_vllm.hf", "vllm",
         "tomoe_vllm.diagnostics.roofline", "tomoe_vllm.diagnostics.step_cost",
     },
-    "tomoe_vllm.models": {"tomoe_vllm.layers", "tomoe_vllm.hf", "vllm"},
+    "tomoe_vllm.models": {"tomoe_vllm.layers", "tomoe_vllm.hf", "tomoe_vllm.compat", "vllm"},
     "tomoe_vllm.observability": {"tomoe_vllm.layers", "tomoe_vllm.compat", "vllm"},
     "tomoe_vllm.diagnostics": {"tomoe_vllm.kernels", "tomoe_vllm.hf", "tomoe_vllm.__version__"},
     "tomoe_vllm.diagnostics.full": {

@@ -7,7 +7,6 @@ from tests.helpers.tiny_models import save_tiny_model
 from tests.parity.conftest import make_prompts, max_logprob_difference, start_engine
 from tests.parity.test_families import LOGPROB_LIMIT
 from tests.parity.test_loading import loading_error
-from tomoe_vllm.hf.tomoe_math import pack_signature
 from tomoe_vllm.kernels import build
 from tomoe_vllm.kernels.expert_mlp.weight_layout import neuron_order
 
@@ -25,12 +24,17 @@ def mlp_class(engine) -> str:
 
 
 def neurons_are_in_order(model) -> bool:
-    """Whether the neurons of each layer were permuted for the CPU kernels, consistently with their signature."""
-    gates = [layer.mlp.expert_gate for layer in model.model.layers]
+    """Whether the neurons of each layer were permuted for the CPU kernels, weights and masks alike."""
+    mlps = [layer.mlp for layer in model.model.layers]
+    if any(projection.order is None for mlp in mlps for projection in getattr(mlp, "projections", ())):
+        return False
     return all(
-        neuron_order(gate.expert_masks).tolist() == list(range(gate.expert_masks.shape[1]))
-        and torch.equal(gate.signature, pack_signature(gate.expert_masks != 0))
-        for gate in gates
+        neuron_order(mlp.expert_gate.expert_masks).tolist() == list(range(mlp.expert_gate.expert_masks.shape[1]))
+        and all(
+            torch.equal(mlp.expert_gate.masks()[:, projection.order], mlp.expert_gate.expert_masks != 0)
+            for projection in mlp.projections
+        )
+        for mlp in mlps
     )
 
 

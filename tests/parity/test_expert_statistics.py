@@ -8,6 +8,7 @@ from tests.helpers.tiny_models import NUM_EXPERTS, UNUSED_EXPERT, save_tiny_mode
 from tests.parity.conftest import make_prompts, start_engine
 from tomoe_vllm.hf.tomoe_math import unpack_signature
 from tomoe_vllm.kernels import build
+from tomoe_vllm.observability.expert_statistics import UNION_STEPS
 from tomoe_vllm.observability.expert_traces import NOT_COMPUTED
 
 pytestmark = pytest.mark.engine
@@ -108,6 +109,29 @@ def test_tokens_from_the_prefix_cache_are_marked_as_not_computed(chunked):
     (expected,) = routes_of(model, [second], tokens)
     np.testing.assert_array_equal(found["experts"][cached:], expected[cached:])
     assert counts(engine)["num_tokens"] - before == len(expected) - cached
+
+
+def test_reloaded_masks_and_routers_are_counted(chunked, tmp_path):
+    model, engine = chunked
+    other = save_tiny_model(tmp_path / "other", "llama", seed=1)
+    model.save_pretrained(tmp_path / "same")
+    prompts = make_prompts(96, lengths=(9,), seed=13)
+    engine.llm.collective_rpc("reload_weights", kwargs={"weights_path": str(tmp_path / "other")})
+    engine.llm.reset_prefix_cache()
+    before = counts(engine)
+    tokens = generate(engine, prompts, name="reloaded")
+    after = counts(engine)
+    (routes,) = routes_of(other, prompts, tokens)
+    found = np.array(after["tokens"]) - np.array(before["tokens"])
+    np.testing.assert_array_equal(found, expert_counts([routes], NUM_EXPERTS))
+    expected = np.array(before["union_neurons"])
+    masks = [unpack_signature(layer.mlp.expert_gate.signature, NUM_EXPERTS) for layer in other.model.layers]
+    for i, step in enumerate([routes[:9], *routes[9:, None]]):
+        unions = [int(masks[layer][np.unique(step[:, layer]).astype(int)].any(dim=0).sum()) for layer in range(3)]
+        expected += (np.array(unions) - expected) / min(before["num_steps"] + i + 1, UNION_STEPS)
+    np.testing.assert_allclose(after["union_neurons"], expected)
+    engine.llm.collective_rpc("reload_weights", kwargs={"weights_path": str(tmp_path / "same")})
+    engine.llm.reset_prefix_cache()
 
 
 def test_a_trace_id_belongs_to_its_first_request(chunked):

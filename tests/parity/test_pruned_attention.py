@@ -7,6 +7,7 @@ from tests.helpers.tiny_models import save_tiny_model
 from tests.parity.conftest import logprob_differences, max_logprob_difference, reference_completion, start_engine
 from tests.parity.test_families import LOGPROB_LIMIT
 from tests.parity.test_loading import loading_error
+from tomoe_vllm.layers.attention.pruning import PrunedLinearMethod
 
 pytestmark = pytest.mark.engine
 
@@ -55,7 +56,8 @@ def widths(model) -> list[dict]:
     for layer in model.model.layers:
         attention = layer.self_attn
         hidden = torch.zeros(1, attention.qkv_proj.input_size)
-        bias = attention.qkv_proj.bias
+        method = attention.qkv_proj.quant_method
+        bias = method.bias if isinstance(method, PrunedLinearMethod) else attention.qkv_proj.bias
         output = getattr(attention, attention.output_name)
         columns = attention.num_heads * attention.kept.value
         found.append(

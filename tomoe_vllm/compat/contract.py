@@ -77,6 +77,14 @@ CONTRACT: dict[str, tuple[str, ...]] = {
         "vllm.v1.attention.backends.registry:AttentionBackendEnum.get_class",
         "vllm.v1.attention.backends.triton_attn_diffkv:TritonAttentionDiffKVBackend.set_head_size_v(head_size_v)",
     ),
+    "tomoe_vllm.compat.reload": (
+        "vllm.model_executor.layers.attention:Attention.process_weights_after_loading(act_dtype)",
+        "vllm.model_executor.layers.attention:is_deferred_attention_layer(layer)",
+        "vllm.model_executor.model_loader.reload.layerwise:finalize_layerwise_processing",
+        "vllm.model_executor.model_loader.reload.types:LayerReloadingInfo.can_load",
+        "vllm.model_executor.model_loader.reload.types:LayerReloadingInfo.reset",
+        "vllm.model_executor.model_loader.reload.utils:get_tensor_load_numel(tensor)",
+    ),
     "tomoe_vllm.compat.ops": (
         "vllm._custom_ops:cpu_fused_moe(out, input, w13, w2, w13_bias, w2_bias, topk_weights, topk_ids, act, isa)",
         "vllm._custom_ops:cpu_prepack_moe_weight(weight, isa)",
@@ -84,6 +92,7 @@ CONTRACT: dict[str, tuple[str, ...]] = {
         "vllm._custom_ops:fused_add_rms_norm(input, residual, weight, epsilon)",
         "vllm._custom_ops:onednn_mm(dnnl_handler, x, bias)",
         "vllm._custom_ops:rms_norm(out, input, weight, epsilon)",
+        "vllm._custom_ops:rotary_embedding(positions, query, key, head_size, cos_sin_cache, is_neox)",
     ),
     "tomoe_vllm.compat.worker": (
         "vllm.v1.worker.gpu_model_runner:GPUModelRunner.execute_model(scheduler_output)",
@@ -130,13 +139,17 @@ CONTRACT: dict[str, tuple[str, ...]] = {
         "vllm.v1.attention.backend:AttentionBackend.supports_head_size(head_size)",
         "vllm.model_executor.layers.linear:QKVParallelLinear"
         "(hidden_size, head_size, total_num_heads, total_num_kv_heads, bias, quant_config, prefix)",
+        "vllm.model_executor.layers.linear:UnquantizedLinearMethod.apply(layer, x, bias)",
         "vllm.model_executor.layers.linear:UnquantizedLinearMethod.process_weights_after_loading(layer)",
         "vllm.model_executor.layers.rotary_embedding:get_rope(head_size, max_position, rope_parameters)",
         "vllm.model_executor.layers.rotary_embedding.base:RotaryEmbedding"
         "(head_size, rotary_dim, max_position_embeddings, base, is_neox_style, dtype, init_cache)",
         "vllm.model_executor.layers.rotary_embedding.base:RotaryEmbedding.cos_sin_cache",
         "vllm.model_executor.layers.rotary_embedding.base:RotaryEmbedding.forward_cpu(positions, query, key)",
+        "vllm.model_executor.layers.rotary_embedding.base:RotaryEmbedding.forward_cuda(positions, query, key)",
         "vllm.model_executor.layers.rotary_embedding.base:RotaryEmbedding.forward_native(positions, query, key)",
+        "vllm.model_executor.layers.rotary_embedding.base:RotaryEmbedding.forward_static"
+        "(positions, query, key, head_size, rotary_dim, cos_sin_cache, is_neox_style)",
         "vllm.config:VllmConfig.lora_config",
     ),
     "tomoe_vllm.layers.mlp": (
@@ -168,7 +181,9 @@ CONTRACT: dict[str, tuple[str, ...]] = {
     "tomoe_vllm.models": (
         "vllm.compilation.decorators:support_torch_compile(dynamic_arg_dims)",
         "vllm.config:ParallelConfig.enable_expert_parallel",
+        "vllm.config:LoadConfig.load_format",
         "vllm.config:VllmConfig.cache_config",
+        "vllm.config:VllmConfig.load_config",
         "vllm.model_executor.layers.vocab_parallel_embedding:ParallelLMHead.tie_weights(embed_tokens)",
         "vllm.model_executor.models.utils:AutoWeightsLoader.load_weights(weights, mapper)",
         "vllm.model_executor.models.utils:WeightsMapper(orig_to_new_stacked)",

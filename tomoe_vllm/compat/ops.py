@@ -1,4 +1,7 @@
-"""Compiled operators of vLLM's CPU build. Call ``current_platform.import_kernels()`` before the first use."""
+"""Compiled operators of vLLM, most of them of its CPU build.
+
+Call ``current_platform.import_kernels()`` before the first use.
+"""
 
 from vllm._custom_ops import (
     cpu_fused_moe,
@@ -7,6 +10,7 @@ from vllm._custom_ops import (
     fused_add_rms_norm,
     onednn_mm,
     rms_norm,
+    rotary_embedding,
 )
 
 __all__ = [
@@ -16,4 +20,5 @@ __all__ = [
     "fused_add_rms_norm",
     "onednn_mm",
     "rms_norm",
+    "rotary_embedding",
 ]

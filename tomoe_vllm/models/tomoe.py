@@ -12,6 +12,7 @@ caches its inspection of a model class by the hash of the file that defines the 
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import islice
+from typing import Any
 
 import torch
 from torch import nn
@@ -36,10 +37,9 @@ from tomoe_vllm.hf.configuration_tomoe import base_model_type
 from tomoe_vllm.layers.attention.attention import ToMoEAttention
 from tomoe_vllm.layers.compile_key import add_to_compile_key
 from tomoe_vllm.layers.mlp.layout import decide_layout, make_expert_mlp
-from tomoe_vllm.layers.mlp.shared import ToMoESharedMLP
 from tomoe_vllm.layers.norm import ToMoELayerNorm, ToMoERMSNorm
 from tomoe_vllm.layers.router_check import check_routers
-from tomoe_vllm.models.loading import load_strictly
+from tomoe_vllm.models.loading import StrictLoader, require_readable
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -216,6 +216,7 @@ class ToMoEForCausalLM(nn.Module, SupportsLoRA, SupportsPP, SupportsQuant):
                 "--enable-expert-parallel does not apply: the experts of ToMoE share one dense matrix. "
                 "Use --tensor-parallel-size alone"
             )
+        require_readable(vllm_config.load_config.load_format)
         self.config = config
         self.model = ToMoEModel(vllm_config=vllm_config, prefix=maybe_prefix(prefix, "model"))
         self.lm_head: nn.Module = PPMissingLayer()
@@ -231,6 +232,17 @@ class ToMoEForCausalLM(nn.Module, SupportsLoRA, SupportsPP, SupportsQuant):
                 self.lm_head = self.lm_head.tie_weights(self.model.embed_tokens)
         self.logits_processor = LogitsProcessor(config.vocab_size)
         self.make_empty_intermediate_tensors = self.model.make_empty_intermediate_tensors
+        layers = self.model.layers[self.model.start_layer : self.model.end_layer]
+        self.loader = StrictLoader(
+            self,
+            mapper=self.hf_to_vllm_mapper,
+            packed_modules=self.packed_modules_mapping,
+            is_tied=config.tie_word_embeddings,
+            is_quantized=self.quant_config is not None,
+            load_format=vllm_config.load_config.load_format,
+            why_not_reloadable=layers[0].mlp.why_not_reloadable,
+        )
+        layers[-1].self_attn.attn.after_loading = self.finish_loading
 
     def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
         return self.model.embed_input_ids(input_ids)
@@ -245,22 +257,33 @@ class ToMoEForCausalLM(nn.Module, SupportsLoRA, SupportsPP, SupportsQuant):
         return self.model(input_ids, positions, intermediate_tensors, inputs_embeds)
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
+        if self.loader.failure is not None:
+            raise RuntimeError(f"{self.loader.failure}. Reload all weights, or restart the engine")
         return self.logits_processor(self.lm_head, hidden_states, self.lm_head.bias)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """Load every tensor of the checkpoint exactly once. Raises ``ValueError`` naming tensors that do not fit."""
-        return load_strictly(
-            self,
-            weights,
-            mapper=self.hf_to_vllm_mapper,
-            packed_modules=self.packed_modules_mapping,
-            is_tied=self.config.tie_word_embeddings,
-            is_quantized=self.quant_config is not None,
-        )
+        return self.loader.load(weights)
 
     def process_weights_after_loading(self) -> None:
-        """Called by vLLM once all weights are loaded."""
-        for module in self.modules():
-            if isinstance(module, ToMoESharedMLP):
-                module.finish_loading()
+        """Called by vLLM after the first load only."""
         check_routers(self)
+
+    def finish_loading(self) -> None:
+        """Derive masks, lists and the order of neurons. Called whenever weights were loaded (``compat/reload.py``)."""
+        is_reloaded = self.loader.finish()
+        for layer in self.model.layers[self.model.start_layer : self.model.end_layer]:
+            layer.self_attn.finish_loading()
+            layer.mlp.finish_loading()
+        if is_reloaded and isinstance(self.lm_head, ParallelLMHead):
+            embeddings = self.model.embed_tokens
+            if isinstance(embeddings, VocabParallelEmbedding) and self.lm_head.weight is embeddings.weight:
+                # vLLM processes tied weights in the embeddings only, and on a CPU the head has a packed copy.
+                self.lm_head.quant_method.process_weights_after_loading(self.lm_head)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Raises ``ValueError``: vLLM saves a state only for load formats that cannot restore this model."""
+        raise ValueError(
+            "a sharded state of a ToMoE engine cannot be loaded again: its parameters are pruned and lack the masks. "
+            "Copy the exported checkpoint instead"
+        )

@@ -61,6 +61,11 @@ class ExpertCounts:
         # Steps of few tokens use a small number of distinct expert sets.
         self._union_size = lru_cache(maxsize=65_536)(self._count_union)
 
+    def set_signatures(self, signatures: np.ndarray) -> None:
+        """Use other masks for the steps that are added from now on."""
+        self.signatures = signatures
+        self._union_size.cache_clear()  # type: ignore[attr-defined]
+
     def _count_union(self, layer: int, experts: bytes) -> int:
         """Number of neurons of ``layer`` that any of ``experts`` keeps; ``experts``: bits, as in the signature."""
         is_touched = self.signatures[layer] & np.frombuffer(experts, dtype=np.uint8)
@@ -126,12 +131,15 @@ class ExpertRecorder:
         self.first_layer = extract_layer_index(routers[0].prefix)
         self.num_experts = routers[0].num_experts
         self.records: list[Tensor] = records
-        signatures = np.stack([router.signature.detach().cpu().numpy() for router in routers])
-        self.counts = ExpertCounts(signatures=signatures, num_experts=self.num_experts)
+        self._routers, self._num_loads = routers, routers[0].num_loads
+        self.counts = ExpertCounts(signatures=self._signatures(), num_experts=self.num_experts)
         self._mlp: Any = mlps[0]
         self._host_records = [record.numpy() for record in records] if records[0].device.type == "cpu" else None
         self._pending: deque[PendingStep] = deque()
         self._num_pending_tokens = 0
+
+    def _signatures(self) -> np.ndarray:
+        return np.stack([router.signature.detach().cpu().numpy() for router in self._routers])
 
     def read_step(
         self, num_tokens: int, num_padded_tokens: int, consume: Callable[[np.ndarray], None] | None = None
@@ -141,6 +149,10 @@ class ExpertRecorder:
         ``num_tokens``: real tokens of the step. ``num_padded_tokens``: rows that the layers computed.
         ``consume``: called with the step's expert ids, [L, T] uint8, when they are counted.
         """
+        if self._routers[0].num_loads != self._num_loads:  # weights were reloaded since the last step
+            self.count_pending()
+            self.counts.set_signatures(self._signatures())
+            self._num_loads = self._routers[0].num_loads
         expert_ids, arrived = self._copy(num_tokens)
         step = PendingStep(expert_ids=expert_ids, arrived=arrived, num_padded_tokens=num_padded_tokens, consume=consume)
         self._pending.append(step)

@@ -19,13 +19,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 from vllm.config import CacheConfig, get_current_vllm_config
 from vllm.distributed import get_tensor_model_parallel_world_size
-from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.linear import QKVParallelLinear, RowParallelLinear
 from vllm.model_executor.layers.quantization import QuantizationConfig
 from vllm.model_executor.layers.rotary_embedding import get_rope
 from vllm.platforms import current_platform
 
 from tomoe_vllm.compat.layers import diffkv_backend, replace_quant_method
+from tomoe_vllm.compat.reload import HookedAttention, process_last
 from tomoe_vllm.hf.configuration_tomoe import block_shape, family_of
 from tomoe_vllm.layers.attention.head_mask import ToMoEHeadMask
 from tomoe_vllm.layers.attention.kv_layout import (
@@ -107,7 +107,7 @@ class ToMoEAttention(nn.Module):
         if is_pruned:
             self._prune(kept_widths(config, layer_idx), output)
         self.cached, backend = choose_cache(config, is_pruned)
-        self.attn = Attention(
+        self.attn = HookedAttention(
             self.num_heads,
             self.cached.query_key,
             scale=shape.head_dim**-0.5,
@@ -124,10 +124,19 @@ class ToMoEAttention(nn.Module):
         """Prepare the linears and the rotary embedding for heads of ``kept`` dims. Weights are pruned after loading."""
         if kept != self.kept:
             replace_quant_method(self.qkv_proj, PrunedLinearMethod(self._kept_rows))
-            self.rotary_emb = SelectedRotaryEmbedding(self.rotary_emb, kept.query_key)
+            process_last(self.qkv_proj.weight)  # the masks come first
+            num_own_rows = get_current_vllm_config().model_config.max_model_len if current_platform.is_cpu() else None
+            self.rotary_emb = SelectedRotaryEmbedding(self.rotary_emb, kept.query_key, num_own_rows=num_own_rows)
         if kept.value < self.head_dim:
             replace_quant_method(output, PrunedLinearMethod(self._kept_columns, is_column=True))
+            process_last(output.weight)
         self.kept = kept
+
+    def finish_loading(self) -> None:
+        """Set the masks and the rotated dims, after loading."""
+        self.head_gate.finish_loading()
+        if isinstance(self.rotary_emb, SelectedRotaryEmbedding):
+            self.rotary_emb.select(self._query_key_order())
 
     def forward(self, positions: Tensor, hidden_states: Tensor) -> Tensor:
         """Self-attention of T tokens. ``positions``: [T] int64; ``hidden_states``: [T, D]. Returns [T, D]."""
@@ -150,23 +159,24 @@ class ToMoEAttention(nn.Module):
         return output
 
     def _kept_rows(self) -> Tensor:
-        """Row indices kept in this rank's qkv_proj, [rows] int64. Also sets the dims of the rotary embedding.
-
-        Behind a norm, heads are whole and keep all dims.
-        """
-        head_mask = self.head_gate
-        all_dims = torch.ones_like(head_mask.query_key_dims)
-        query_key_dims = head_mask.query_key_dims if self.kept.query_key < self.head_dim else all_dims
-        query_key = rotation_order(query_key_dims, self.rotary_dim)
-        self.rotary_emb.select(query_key)
-        value = (head_mask.value_dims if self.kept.value < self.head_dim else all_dims).nonzero().flatten()
+        """Row indices kept in this rank's qkv_proj, [rows] int64."""
+        value = self._kept_dims("value_dims", self.kept.value).nonzero().flatten()
         num_before = self.num_heads + self.num_kv_heads
         return torch.cat(
             [
-                self._in_all_heads(query_key, num_before),
+                self._in_all_heads(self._query_key_order(), num_before),
                 num_before * self.head_dim + self._in_all_heads(value, self.num_kv_heads),
             ]
         )
+
+    def _query_key_order(self) -> Tensor:
+        """Dims of a query or key, in the order in which they are stored and rotated: [C] int64."""
+        return rotation_order(self._kept_dims("query_key_dims", self.kept.query_key), self.rotary_dim)
+
+    def _kept_dims(self, name: str, width: int) -> Tensor:
+        """The checkpoint's mask ``name``, [A], or all dims where heads stay whole."""
+        is_pruned = width < self.head_dim
+        return getattr(self.head_gate, name) if is_pruned else torch.ones_like(self.head_gate.query_key_dims)
 
     def _kept_columns(self) -> Tensor:
         """Column indices kept in this rank's output projection, [columns] int64."""

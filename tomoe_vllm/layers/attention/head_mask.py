@@ -15,8 +15,9 @@ class ToMoEHeadMask(nn.Module):
     """Masks over the dims of a head, shared by all heads and replicated on every tensor-parallel rank.
 
     ``query_key_dims``, ``value_dims`` (only with vo_mode "static"): [A] uint8, the checkpoint's masks;
-    ``query_key_mask``, ``static_value_mask``: [A], the same in the model's dtype. Before a checkpoint is loaded they
-    keep the right number of dims, so ``--load-format dummy``, which does not set integers, works too.
+    ``query_key_mask``, ``static_value_mask``: [A], the same in the model's dtype, set by :meth:`finish_loading`. Before
+    a checkpoint is loaded they keep the right number of dims, so ``--load-format dummy``, which does not set integers,
+    works too.
 
     Raises ``ValueError`` while loading if a mask has another shape, dtype or number of dims than the config says.
     """
@@ -43,8 +44,8 @@ class ToMoEHeadMask(nn.Module):
             self.value_up = nn.Linear(rank, shape.head_dim, bias=False, dtype=torch.float32)
 
     def _add_dims(self, name: str, mask_name: str, kept: Tensor) -> None:
-        def load(parameter: nn.Parameter, loaded: Tensor) -> None:
-            if loaded.shape != parameter.shape or loaded.dtype != torch.uint8:
+        def load(param: nn.Parameter, loaded: Tensor) -> None:
+            if loaded.shape != param.shape or loaded.dtype != torch.uint8:
                 raise ValueError(
                     f"{self.prefix}.{name} is {loaded.dtype} {list(loaded.shape)}; it must be uint8 [{self.head_dim}]"
                 )
@@ -53,13 +54,18 @@ class ToMoEHeadMask(nn.Module):
                     f"{self.prefix}.{name} keeps {num_kept} dims; config.json says {self.widths[name]}. "
                     "Export the checkpoint again"
                 )
-            parameter.data.copy_(loaded)
-            self.get_buffer(mask_name).copy_(loaded)
+            param.data.copy_(loaded)
 
         parameter = nn.Parameter(kept.to(torch.uint8), requires_grad=False)
         set_weight_attrs(parameter, {"weight_loader": load})
         self.register_parameter(name, parameter)
         self.register_buffer(mask_name, kept.to(torch.get_default_dtype()), persistent=False)
+
+    def finish_loading(self) -> None:
+        """Set the masks in the model's dtype, after loading."""
+        self.query_key_mask.copy_(self.query_key_dims)
+        if self.vo_mode == "static":
+            self.static_value_mask.copy_(self.value_dims)
 
     def mask_query_key(self, heads: Tensor) -> Tensor:
         """Zero the pruned Q/K dims of every head: [T, H * A] -> [T, H * A]."""

@@ -42,6 +42,11 @@ def fused_parameters(config: PreTrainedConfig) -> int:
 class ToMoEFusedMLP(nn.Module):
     """``gate_up_proj`` and ``down_proj`` hold the checkpoint's rows while it is loaded; ``experts`` computes."""
 
+    why_not_reloadable: str | None = (
+        "the fused layout cannot reload weights, since its experts are other tensors than the checkpoint's; "
+        'start the engine with --hf-overrides \'{"expert_layout": "masked"}\', or restart it on the new checkpoint'
+    )
+
     def __init__(self, config: PreTrainedConfig, layer_idx: int, *, has_bias: bool, prefix: str) -> None:
         super().__init__()
         # Each expert's neurons are divided evenly between the ranks, so every rank needs all rows and signatures.
@@ -67,6 +72,10 @@ class ToMoEFusedMLP(nn.Module):
     def step_path(self, num_tokens: int) -> str:
         """Execution path of a step of ``num_tokens``, as metrics name it."""
         return "fused"
+
+    def finish_loading(self) -> None:
+        """Set the masks after loading. Only statistics read them: the experts are sliced by then."""
+        self.expert_gate.set_masks(self.expert_gate.masks())
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """MLP of T tokens: [T, D] -> [T, D]."""
@@ -117,5 +126,4 @@ class SlicedExpertsMethod(UnquantizedFusedMoEMethod):
 def _neurons_of_this_rank(router: ToMoERouter) -> list[Tensor]:
     """Row indices of each expert's neurons on this rank; ranks have equal shares of every expert."""
     rank, num_ranks = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
-    ids, widths = router.neuron_ids.cpu().long(), router.widths.tolist()
-    return [row[:width].tensor_split(num_ranks)[rank] for row, width in zip(ids, widths, strict=True)]
+    return [mask.nonzero().flatten().tensor_split(num_ranks)[rank] for mask in router.masks().cpu()]

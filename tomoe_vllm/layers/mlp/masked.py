@@ -21,6 +21,8 @@ class ToMoEMaskedMLP(nn.Module):
     Raises ``ValueError`` for an unsupported activation, or a tensor parallel size that does not divide the neurons.
     """
 
+    why_not_reloadable: str | None = None
+
     def __init__(
         self,
         config: PreTrainedConfig,
@@ -49,6 +51,10 @@ class ToMoEMaskedMLP(nn.Module):
     def step_path(self, num_tokens: int) -> str:
         """Execution path of a step of ``num_tokens``, as metrics name it."""
         return "masked"
+
+    def finish_loading(self) -> None:
+        """Set the masks after loading."""
+        self.expert_gate.set_masks(self.expert_gate.masks())
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """MLP of T tokens: [T, D] -> [T, D]."""

@@ -17,8 +17,9 @@ class NeuronRows(nn.Module):
 
     ``weight``: [parts * F / tp, D]. A fused projection has two parts: the gate, then up. On a CPU the weight of a
     transposed projection (W_down) is [F / tp, panels, D / panels]. ``bias``: one value per row; for W_down one value
-    per output, [D], on every rank. ``is_staged``: all neurons on every rank, in host memory and as plain matrices, for
-    a layer that builds other tensors from them.
+    per output, [D], on every rank. ``order``: row i is neuron ``order[i]`` of this rank's share of the checkpoint, [F /
+    tp] int64; None: the order of the checkpoint. ``is_staged``: all neurons on every rank, in host memory and as plain
+    matrices, for a layer that builds other tensors from them.
 
     Raises ``ValueError`` while loading for a tensor of another shape than the config says.
     """
@@ -46,22 +47,23 @@ class NeuronRows(nn.Module):
             rows = (empty_panels if is_transposed else empty_rows)(num_rows, hidden_size)
         self.weight = nn.Parameter(rows, requires_grad=False)
         set_weight_attrs(self.weight, {"weight_loader": self._load_weight})
+        self.order: Tensor | None = None
         self.bias: nn.Parameter | None = None
         if has_bias:
             size = hidden_size if is_transposed else num_rows
             self.bias = nn.Parameter(torch.empty(size, device=device), requires_grad=False)
             set_weight_attrs(self.bias, {"weight_loader": self._load_bias})
 
-    def _load_weight(self, parameter: nn.Parameter, loaded: Tensor) -> None:
-        self._copy_part(parameter, loaded.T if self.is_transposed else loaded, getattr(loaded, "shard_id", 0))
+    def _load_weight(self, param: nn.Parameter, loaded: Tensor) -> None:
+        self._copy_part(param, loaded.T if self.is_transposed else loaded, getattr(loaded, "shard_id", 0))
 
-    def _load_bias(self, parameter: nn.Parameter, loaded: Tensor) -> None:
+    def _load_bias(self, param: nn.Parameter, loaded: Tensor) -> None:
         if self.is_transposed:
-            default_weight_loader(parameter, loaded)
+            default_weight_loader(param, loaded)
         else:
-            self._copy_part(parameter, loaded, getattr(loaded, "shard_id", 0))
+            self._copy_part(param, loaded, getattr(loaded, "shard_id", 0))
 
-    def _copy_part(self, parameter: nn.Parameter, rows: Tensor, part: int) -> None:
+    def _copy_part(self, param: nn.Parameter, rows: Tensor, part: int) -> None:
         """Copy this rank's neurons into part ``part`` (set by vLLM's weight mapper: 0 is the gate, 1 is up)."""
         expected = [self.num_neurons, self.hidden_size][: rows.ndim]  # a bias has no columns
         if list(rows.shape) != expected:
@@ -69,11 +71,15 @@ class NeuronRows(nn.Module):
                 f"a tensor of the MLP has {list(rows.shape)} (neurons first); config.json says {expected}. "
                 "Export the checkpoint again"
             )
-        target = parameter.data.narrow(0, part * self.num_local, self.num_local)
+        target = param.data.narrow(0, part * self.num_local, self.num_local)
         target.copy_(rows.narrow(0, self.start, self.num_local).reshape(target.shape))
+        self.order = None
 
-    def reorder(self, order: Tensor) -> None:
+    def set_order(self, order: Tensor) -> None:
         """Permute this rank's neurons in place, a block of columns at a time. ``order``: [F / tp] int64."""
+        present, self.order = self.order, order
+        if present is not None:
+            order = present.argsort()[order]
         per_row = [self.weight.data]
         if self.bias is not None and not self.is_transposed:
             per_row.append(self.bias.data[:, None])

@@ -32,10 +32,10 @@ def make_record(num_experts: int) -> Tensor | None:
 class ToMoERouter(nn.Module):
     """Router and expert masks of one layer. The router is replicated; the masks are sharded like gate_up_proj.
 
-    ``router.weight``: [N, D] float32. ``signature``: [F / tp, ceil(N / 8)] uint8, the checkpoint's bits.
+    ``router.weight``: [N, D] float32. ``signature``: [F / tp, ceil(N / 8)] uint8, the checkpoint's bits, in its order.
     ``expert_masks``: [N, F / tp] in the model's dtype, and ``neuron_ids``, ``widths`` (:func:`neuron_lists`), the same
-    information in the form that the kernels read. ``record``: the buffer of :func:`make_record`.
-    ``is_sharded=False``: every rank holds the masks of all neurons.
+    information in the form that the kernels read; :meth:`set_masks` derives them. ``num_loads``: how often it did.
+    ``record``: the buffer of :func:`make_record`. ``is_sharded=False``: every rank holds the masks of all neurons.
 
     Before a checkpoint is loaded all experts keep the same neurons, of the right number, so ``--load-format dummy``,
     which does not set integers, works too.
@@ -74,30 +74,46 @@ class ToMoERouter(nn.Module):
         for name, lists in zip(("neuron_ids", "widths"), neuron_lists(self.expert_masks), strict=True):
             self.register_buffer(name, lists, persistent=False)
         self.register_buffer("record", make_record(self.num_experts), persistent=False)
+        self.num_loads = 0
 
-    def _load_signature(self, parameter: nn.Parameter, loaded: Tensor) -> None:
-        shape = (self.num_neurons, parameter.shape[1])
+    def _load_signature(self, param: nn.Parameter, loaded: Tensor) -> None:
+        shape = (self.num_neurons, param.shape[1])
         if loaded.shape != shape or loaded.dtype != torch.uint8:
             raise ValueError(
                 f"{self.prefix}.signature is {loaded.dtype} {list(loaded.shape)}; it must be uint8 {list(shape)}"
             )
-        masks = unpack_signature(loaded, self.num_experts)
-        widths = masks.sum(dim=1).tolist()
+        widths = unpack_signature(loaded, self.num_experts).sum(dim=1).tolist()
         if any(width != self.width for width in widths):
             raise ValueError(
                 f"{self.prefix}.signature gives experts of {widths} neurons; config.json says {self.width}. "
                 "Export the checkpoint again"
             )
-        num_local = parameter.shape[0]
-        parameter.data.copy_(loaded.narrow(0, self.start, num_local))
-        self.expert_masks.copy_(masks.narrow(1, self.start, num_local))
-        self.neuron_ids, self.widths = neuron_lists(self.expert_masks)
+        param.data.copy_(loaded.narrow(0, self.start, param.shape[0]))
 
-    def reorder(self, order: Tensor) -> None:
-        """Permute the neurons, as the layer permutes its weights. ``order``: [F / tp] int64."""
-        self.signature.data.copy_(self.signature[order])
-        self.expert_masks.copy_(self.expert_masks[:, order])
-        self.neuron_ids, self.widths = neuron_lists(self.expert_masks)
+    def masks(self) -> Tensor:
+        """The masks of ``signature``, in the order of the checkpoint: [N, F / tp] bool."""
+        return unpack_signature(self.signature.data, self.num_experts)
+
+    def set_masks(self, masks: Tensor) -> None:
+        """Set the masks and lists that the kernels read, after loading. ``masks``: [N, F / tp] bool.
+
+        The first call allocates the lists. Later ones keep their addresses, which CUDA graphs contain. Raises
+        ``ValueError`` if an expert then keeps more neurons of this rank than the lists hold.
+        """
+        self.expert_masks.copy_(masks)
+        neuron_ids, widths = neuron_lists(masks)
+        if not self.num_loads:
+            self.neuron_ids, self.widths = neuron_ids, widths
+        elif (width := neuron_ids.shape[1]) > self.neuron_ids.shape[1]:
+            raise ValueError(
+                f"{self.prefix}.signature gives a tensor-parallel rank {width} neurons of an expert, and the engine "
+                f"was started with at most {self.neuron_ids.shape[1]}; restart it on the new checkpoint"
+            )
+        else:
+            self.neuron_ids[:, :width].copy_(neuron_ids)
+            self.neuron_ids[:, width:] = 0
+            self.widths.copy_(widths)
+        self.num_loads += 1
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Expert of each token (eq. 3): [T, D] -> [T] int64."""

@@ -24,6 +24,8 @@ class ToMoESharedMLP(nn.Module):
     Raises ``ValueError`` for an unsupported activation, or a tensor parallel size that does not divide the neurons.
     """
 
+    why_not_reloadable: str | None = None
+
     def __init__(self, config: PreTrainedConfig, layer_idx: int, *, has_bias: bool, prefix: str) -> None:
         super().__init__()
         self.activation = config.hidden_act
@@ -58,16 +60,19 @@ class ToMoESharedMLP(nn.Module):
         return ExpertWeights(up.weight.data, up_bias, down.weight.data, *lists, self.activation)
 
     def finish_loading(self) -> None:
-        """Prepare for the first step after loading.
+        """Set the masks and prepare for the first step, after loading.
 
         On a CPU: permute the neurons so that each expert's rows form few runs, which are read faster. Not on a GPU:
         experts share tiles in L2 in any order there, and no order was measured. On a GPU: compile the kernels.
         """
+        masks = self.expert_gate.masks()
         if current_platform.is_cpu():
-            order = neuron_order(self.expert_gate.expert_masks)
-            for rows in (self.expert_gate, *self.projections):
-                rows.reorder(order)
-        self.weights = self._weights()
+            order = neuron_order(masks)
+            masks = masks[:, order]
+            for rows in self.projections:
+                rows.set_order(order)
+        self.expert_gate.set_masks(masks)
+        self.weights = self._weights()  # the C++ kernels copy the lists
         if self.weights.up.is_cuda:
             warm_up(self.weights, self.max_tokens)
 

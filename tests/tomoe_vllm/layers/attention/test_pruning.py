@@ -49,7 +49,7 @@ CASES = [
 ]
 
 
-def rotate(head_dim, rotary_dim, units, parameters):
+def rotate(head_dim, rotary_dim, units, parameters, num_own_rows=None):
     """Expected: whole heads rotated, then pruned. Returns the inputs of pruned heads and their rotary embedding too."""
     from vllm.model_executor.layers.rotary_embedding import get_rope
 
@@ -59,7 +59,7 @@ def rotate(head_dim, rotary_dim, units, parameters):
     base = get_rope(head_dim, max_position=256, rope_parameters=rope, dtype=torch.float32)
     assert is_plain_rotary(base)
     order = rotation_order(kept_dims(head_dim, rotary_dim, units), rotary_dim)
-    selected = SelectedRotaryEmbedding(base, len(order))
+    selected = SelectedRotaryEmbedding(base, len(order), num_own_rows=num_own_rows)
     selected.select(order)
     generator = torch.Generator().manual_seed(0)
     positions = torch.tensor([0, 3, 100, 255])
@@ -69,15 +69,20 @@ def rotate(head_dim, rotary_dim, units, parameters):
     return positions, pruned.flatten(1), expected.flatten(1), selected
 
 
+@pytest.mark.parametrize("num_own_rows", [None, 256])
 @pytest.mark.parametrize(("head_dim", "rotary_dim", "units", "parameters"), CASES)
-def test_pruned_heads_are_rotated_like_whole_heads(head_dim, rotary_dim, units, parameters):
-    positions, pruned, expected, selected = rotate(head_dim, rotary_dim, units, parameters)
-    queries, keys = selected.forward_native(positions, pruned, pruned)
-    assert_close(queries, expected)
-    assert_close(keys, expected)
-    queries, keys = selected.forward_cpu(positions, pruned.clone(), pruned.clone())
-    assert_close(queries, expected)
-    assert_close(keys, expected)
+def test_pruned_heads_are_rotated_like_whole_heads(head_dim, rotary_dim, units, parameters, num_own_rows):
+    positions, pruned, expected, selected = rotate(head_dim, rotary_dim, units, parameters, num_own_rows)
+    for forward in (selected.forward_native, selected.forward_cpu, selected.forward_cuda):
+        queries, keys = forward(positions, pruned.clone(), pruned.clone())
+        assert_close(queries, expected)
+        assert_close(keys, expected)
+
+
+def test_look_up_in_the_shared_table_is_compiled_without_a_graph_break():
+    positions, pruned, expected, selected = rotate(*CASES[3].values)
+    compiled = torch.compile(selected.forward_native, backend="eager", fullgraph=True, dynamic=True)
+    assert_close(compiled(positions, pruned, None)[0], expected)
 
 
 def test_tolerance_catches_a_neighbouring_frequency():
@@ -89,7 +94,44 @@ def test_tolerance_catches_a_neighbouring_frequency():
 def test_rotated_width_depends_only_on_the_number_of_kept_dims():
     """Compiled graphs contain the width as a constant, and vLLM's compile cache depends on the config, not on masks."""
     for units in ([0, 1, 2, 3], [0, 1, 2, 20, 21], [0, 20, 21, 22, 23, 24, 25]):
-        assert rotate(80, 32, units, {})[3].cos_sin_cache.shape == (256, 8)
+        positions, _, _, selected = rotate(80, 32, units, {})
+        assert selected.cos_sin(positions)[0].shape == (4, 8)
+
+
+def test_layers_share_one_table_of_131072_positions():
+    from vllm.model_executor.layers.rotary_embedding import get_rope
+
+    from tomoe_vllm.layers.attention.pruning import SelectedRotaryEmbedding, rotation_order
+
+    rope = {"rope_type": "default", "rope_theta": 5e5}
+    whole = get_rope(128, max_position=131_072, rope_parameters=rope, dtype=torch.bfloat16)
+    layers = torch.nn.ModuleList(SelectedRotaryEmbedding(whole, 64) for _ in range(32))
+    positions = torch.tensor([0, 1, 70_000, 131_071])
+    for i, layer in enumerate(layers):
+        units = torch.randperm(64, generator=torch.Generator().manual_seed(i))[:32].tolist()
+        order = rotation_order(kept_dims(128, 128, units), 128)
+        layer.select(order)
+        cos, sin = whole.cos_sin_cache.chunk(2, dim=-1)  # the table that each layer would have of its own
+        own = torch.cat([cos[:, order[:32]], sin[:, order[:32]]], dim=-1)
+        assert torch.equal(layer.cos_sin(positions)[0], own[positions])
+    table = 131_072 * 128 * 2
+    assert whole.cos_sin_cache.nbytes == table
+    assert table <= stored_bytes(layers) <= table + 32 * 1024
+
+
+def test_a_table_of_a_layer_is_as_long_as_a_sequence_may_be():
+    from tomoe_vllm.layers.attention.pruning import SelectedRotaryEmbedding
+
+    whole = rotate(32, 32, [0], {})[3].whole
+    before = stored_bytes(whole)
+    assert stored_bytes(SelectedRotaryEmbedding(whole, 8, num_own_rows=100)) - before < 100 * 8 * 4 + 1024
+    assert SelectedRotaryEmbedding(whole, 8, num_own_rows=10_000).own_table.shape == (256, 8)
+
+
+def stored_bytes(module: torch.nn.Module) -> int:
+    """Bytes of all buffers, shared memory once."""
+    storages = [tensor.untyped_storage() for tensor in module.buffers()]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
 @pytest.mark.parametrize(("width", "head_dim", "rotary_dim"), [(6, 32, 32), (32, 32, 32), (33, 80, 32), (61, 80, 32)])

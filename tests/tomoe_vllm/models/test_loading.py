@@ -1,0 +1,36 @@
+"""Which load formats are refused. With engines: tests/parity/test_loading.py and test_reload.py."""
+
+from typing import get_args
+
+import pytest
+from torch import nn
+
+
+def test_formats_that_read_the_checkpoint_are_accepted():
+    from vllm.model_executor.model_loader import LoadFormats
+
+    from tomoe_vllm.models.loading import UNREADABLE_FORMATS, require_readable
+
+    assert set(UNREADABLE_FORMATS) < set(get_args(LoadFormats))
+    for load_format in set(get_args(LoadFormats)) - set(UNREADABLE_FORMATS):
+        require_readable(load_format)
+
+
+@pytest.mark.parametrize("load_format", ["ipc_cache", "runai_streamer_sharded", "sharded_state", "tensorizer"])
+def test_formats_that_restore_parameters_are_refused(load_format):
+    from tomoe_vllm.models.loading import require_readable
+
+    with pytest.raises(ValueError, match=rf"--load-format {load_format} restores .* use --load-format auto"):
+        require_readable(load_format)
+
+
+def test_an_unknown_format_that_loads_no_tensor_is_refused():
+    from vllm.model_executor.models.utils import WeightsMapper
+
+    from tomoe_vllm.models.loading import StrictLoader
+
+    options = {"mapper": WeightsMapper(), "packed_modules": {}, "is_tied": False, "is_quantized": False}
+    loader = StrictLoader(nn.Linear(2, 2), load_format="custom", why_not_reloadable=None, **options)
+    with pytest.raises(ValueError, match=r"--load-format custom did not load"):
+        loader.finish()
+    assert not StrictLoader(nn.Linear(2, 2), load_format="dummy", why_not_reloadable=None, **options).finish()
