@@ -12,12 +12,14 @@ from safetensors.torch import load_file, save_file
 from tomoe_training.artifacts.export import TOMOE_SHARD, export_checkpoint
 from tomoe_training.artifacts.safetensors_io import fingerprint, stored_tensors
 from tomoe_training.config import FinetuneConfig
+from tomoe_training.data import InterleavedBlocks
 from tomoe_training.evaluation.perplexity import load_model
-from tomoe_training.finetune import block_linears, finetune, prepare, updates_of, write_weights
+from tomoe_training.finetune import block_linears, finetune, prepare, train_steps, updates_of, write_weights
 from torch import nn
 
 from tests.helpers.compare import assert_close, is_close
 from tests.helpers.dense_models import FAMILIES, word_tokenizer
+from tests.helpers.pretended_gpu import pretended_gpu, record_synchronizations
 from tests.helpers.processes import environment, python
 from tests.helpers.students import save_untrained_adapter
 from tests.helpers.tiny_models import save_tiny_model
@@ -244,6 +246,17 @@ def test_vllm_serves_the_fine_tuned_checkpoint(dense_folder, settings, text_file
     assert perplexity(tmp_path / "out", "--backend", "vllm") == pytest.approx(tuned, rel=1e-4)
     # Far more than the two backends differ by: vLLM did not serve the weights from before.
     assert tuned < 0.9 * perplexity(tmp_path / "checkpoint")
+
+
+def test_steps_wait_for_the_gpu_every_ten_steps_only(checkpoint, settings, text_file):
+    run = settings(steps=12)
+    with pretended_gpu() as device:
+        model = load_model(checkpoint()).to(device)
+        trained = prepare(model, run)
+        blocks = InterleavedBlocks([torch.randint(3, 90, (40, 32))], seed=0)
+        with record_synchronizations() as waits:
+            assert len(train_steps(model, trained, blocks, run)) == 12
+    assert len(waits) == 2, waits
 
 
 # ---------------------------------------------------------------------------------------------- misuse

@@ -1,6 +1,7 @@
 """The training loop on a tiny model: the loss falls, and every setting has an effect."""
 
 import json
+from datetime import timedelta
 
 import pytest
 import torch
@@ -202,6 +203,22 @@ def test_sampled_text_is_stored_for_resuming(config, tmp_path):
     train(config(data=["self"], self_tokens=2000, steps=2), tmp_path / "out")
     texts = [json.loads(line)["text"] for line in (tmp_path / "out" / "run" / "self.jsonl").read_text().splitlines()]
     assert sum(len(text.split()) for text in texts) > 1000
+
+
+def test_processes_wait_as_long_as_the_setting_says(config, tmp_path, monkeypatch):
+    """NCCL's default of ten minutes is less than tokenizing a large corpus in the first process takes."""
+
+    class ReachedError(Exception):
+        pass
+
+    def start(kwargs_handlers, **_):
+        raise ReachedError([handler.timeout for handler in kwargs_handlers if hasattr(handler, "timeout")])
+
+    monkeypatch.setattr(trainer, "Accelerator", start)
+    for fields, minutes in (({}, 240), ({"process_timeout_minutes": 7}, 7)):
+        with pytest.raises(ReachedError) as reached:
+            train(config(**fields), tmp_path / "out")
+        assert reached.value.args == ([timedelta(minutes=minutes)],)
 
 
 def test_command_line_trains_and_ends_with_one_json_line(config, run_cli, tmp_path):

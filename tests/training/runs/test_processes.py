@@ -58,11 +58,14 @@ def test_killed_run_ends_with_the_same_bits(config, tmp_path):
     assert (killed / ADAPTER_TENSORS).stat().st_mtime_ns == before
 
 
-_MICRO = {"batch_size": 4, "micro_batch_size": 1}  # as in the recipes
-
-
 @pytest.mark.parametrize(
-    "fields", [{}, {"shard_base": True}, {**_MICRO, "budget": "penalty"}], ids=["copies", "sharded", "micro-batches"]
+    "fields",
+    [
+        {},
+        {"shard_base": True, "data": ["self"], "self_tokens": 2000},  # all processes sample the text together
+        {"batch_size": 4, "micro_batch_size": 1, "budget": "penalty"},  # R_L and R_P are products of means
+    ],
+    ids=["copies", "sharded", "micro-batches"],
 )
 def test_two_processes_train_the_adapter_of_one(fields, config, tmp_path):
     fields = {"mask_noise": 1.0, "router_noise": 1.0, "steps": 5} | fields
@@ -98,4 +101,7 @@ def _free_port():
 
 def test_logging_settings_may_change_in_a_resumed_run(config, tmp_path):
     interrupt(config(), tmp_path / "out")
-    assert train(config(log_every=3, checkpoint_every=50), tmp_path / "out")["resumed_from"] == 2
+    assert (
+        train(config(log_every=3, checkpoint_every=50, process_timeout_minutes=5), tmp_path / "out")["resumed_from"]
+        == 2
+    )
