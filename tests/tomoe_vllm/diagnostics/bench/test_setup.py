@@ -1,6 +1,7 @@
 """How tomoe bench runs its engines: by device, by what fits on a GPU, and with a KV cache of equal size."""
 
 import subprocess
+from dataclasses import fields
 from types import SimpleNamespace
 
 import pytest
@@ -28,6 +29,13 @@ def test_engines_on_a_gpu_run_as_users_serve_them():
     assert "async_scheduling" not in arguments
     assert "compilation_config" not in arguments
     assert not {name for name in of_7b().environment if name.startswith(("VLLM_CPU", "MALLOC"))}
+
+
+def test_arguments_are_those_of_the_installed_vllm():
+    from vllm import EngineArgs
+
+    names = {field.name for field in fields(EngineArgs)}
+    assert of_7b().arguments.keys() | cpu_setup().arguments.keys() <= names
 
 
 def test_two_engines_on_a_gpu_get_042_of_its_memory_each_and_the_same_kv_cache():
