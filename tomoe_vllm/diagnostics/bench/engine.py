@@ -11,7 +11,7 @@ import os
 import statistics
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -31,11 +31,11 @@ Samples = dict[str, list[float]]
 
 
 class Engine:
-    """A process of ``worker.py`` with one model."""
+    """A process of ``worker.py`` with one model. ``worker``: how Python finds that file."""
 
-    def __init__(self, folder: Path, setup: EngineSetup) -> None:
+    def __init__(self, folder: Path, setup: EngineSetup, worker: Sequence[str] = ("-m", WORKER)) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, "-m", WORKER, str(folder), setup.device, json.dumps(setup.arguments)],
+            [sys.executable, *worker, str(folder), setup.device, json.dumps(setup.arguments)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
