@@ -12,6 +12,7 @@ from torch import Tensor
 from tomoe_vllm.diagnostics.device import Device
 from tomoe_vllm.diagnostics.kernel_checks import (
     LIMITS,
+    WRONG,
     Check,
     Layer,
     name_of,
@@ -28,8 +29,6 @@ from tomoe_vllm.kernels.ops import ValueRouter
 CHOICE_LIMIT = 1e-3
 """Limit of a wrong choice: by how much the chosen logit is below the best one, over the RMS of the logits. The kernels
 sum in another order than the reference, which moves a logit by 1e-6 to 1e-5; a missing slice of D moves it by 0.1."""
-WRONG = 1e9
-"""Error of an output that no rounding explains."""
 
 
 def choice_error(logits: Tensor, chosen: Tensor) -> float:

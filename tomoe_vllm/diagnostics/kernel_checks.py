@@ -5,6 +5,7 @@ graph is replayed for other experts and timed. In the interpreter (no GPU; TRITO
 imported), at a tiny size: the same comparisons, without times. ``gate_checks.py`` does the same for the other kernels.
 """
 
+import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -29,6 +30,9 @@ LIMITS = {torch.float32: 1e-5, torch.bfloat16: 1.5e-2, torch.float16: 1.5e-3}
 """Limits of the relative RMS error, overall and of the worst row. Rounding to bf16 between the GEMMs causes 0.4 %
 overall and 0.7 % in the worst row; one wrong tile of 16 of 5,504 neurons 7 %, and a misrouted token over 100 % of its
 row."""
+
+WRONG = 1e9
+"""Error of an output that no rounding explains."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -57,7 +61,8 @@ class Check:
         return self.error is None and max(self.overall, self.worst_row) <= self.limit
 
     def add_errors(self, overall: float, worst_row: float) -> None:
-        """Keep the largest error of several comparisons."""
+        """Keep the largest error of several comparisons; NaN is larger than all."""
+        overall, worst_row = (WRONG if math.isnan(error) else error for error in (overall, worst_row))
         self.overall, self.worst_row = max(overall, self.overall), max(worst_row, self.worst_row)
 
     def reason(self) -> str:

@@ -36,11 +36,16 @@ def table(headings: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     return "\n".join(lines)
 
 
-def number(value: float | None, digits: int = 3) -> str:
-    """A number with ``digits`` significant digits; empty for None."""
-    if value is None:
-        return ""
+def number(value: float | str | None, digits: int = 3) -> str:
+    """A number with ``digits`` significant digits; empty for None. "nan" and "inf" stay as they are."""
+    if value is None or isinstance(value, str):
+        return value or ""
     return f"{value:,.0f}" if abs(value) >= 10**digits else f"{value:#.{digits}g}".rstrip(".")
+
+
+def small(value: float | str) -> str:
+    """An error with two digits."""
+    return value if isinstance(value, str) else f"{value:.1e}"
 
 
 def ratio(dense: float | None, other: float | None) -> str:
@@ -137,7 +142,7 @@ def _errors(groups: dict[tuple[str, str], Rows]) -> str:
     rows = []
     for (layer, dtype), checks in groups.items():
         for path, (num, worst, limit) in _worst(checks).items():
-            rows.append([f"{layer}, {dtype}, {path}", num, f"{worst:.1e}", f"{limit:.1e}"])
+            rows.append([f"{layer}, {dtype}, {path}", num, small(worst), small(limit)])
     text = "Largest error relative to plain torch (of route and mask_values: by how much a wrong choice missed)"
     return f"{text}:\n\n" + table(["layer, dtype, kernel", "sizes", "error", "limit"], rows)
 
@@ -218,7 +223,7 @@ def _parity(found: dict[str, dict[str, dict[str, Any]]]) -> str:
                 if f"{average}_difference" in values:
                     rounding = next(v for k, v in values.items() if k.startswith(f"{average}_of_hf_"))
                     cells = [values[f"{average}_difference"], rounding, values[f"{average}_limit"]]
-                    rows.append([f"{layout}, {name}, {average}", values["tokens"], *(f"{cell:.1e}" for cell in cells)])
+                    rows.append([f"{layout}, {name}, {average}", values["tokens"], *map(small, cells)])
     headings = ["difference of logprobs from HF in float32, nats", "tokens", "vLLM", "HF in vLLM's dtype", "limit"]
     return table(headings, rows)
 
@@ -277,6 +282,6 @@ def _training(results: Rows) -> str:
         if "perplexity" in values["cpu"]:
             rows.append(("perplexity of the export", values["cpu"]["perplexity"], values["device"]["perplexity"]))
         cells = [[name, number(cpu, 6), number(device, 6)] for name, cpu, device in rows]
-        title = f"{result['name']}: loss (largest relative difference {values['relative_difference']:.1e})"
+        title = f"{result['name']}: loss (largest relative difference {small(values['relative_difference'])})"
         sections += ["", title, "", table(["", "cpu", values["device_type"]], cells)]
     return "\n".join(["## Training", *sections]) if sections else ""

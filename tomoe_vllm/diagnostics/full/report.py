@@ -2,6 +2,7 @@
 
 import datetime
 import json
+import math
 import os
 from collections import Counter
 from dataclasses import asdict, dataclass, field
@@ -54,7 +55,7 @@ class Report:
 
     def as_json(self) -> dict[str, Any]:
         """JSON-ready, without the folder."""
-        facts = {name: value for name, value in asdict(self).items() if name != "folder"}
+        facts = {name: _finite(value) for name, value in asdict(self).items() if name != "folder"}
         return {"report": "tomoe doctor --full", "summary": self.summary()} | facts
 
     def write(self) -> None:
@@ -62,6 +63,15 @@ class Report:
         facts = self.as_json()
         _replace(self.folder / JSON_NAME, json.dumps(facts, indent=1) + "\n")
         _replace(self.folder / PAGE_NAME, render(facts))
+
+
+def _finite(value: Any) -> Any:
+    """The same with infinities and NaN, which JSON does not have, as text."""
+    if isinstance(value, dict):
+        return {name: _finite(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def make_folder(folder: Path) -> None:

@@ -57,8 +57,9 @@ def compare(job: Job, on_cpu: dict[str, Any], on_device: dict[str, Any]) -> Resu
     """Whether losses (and perplexity) agree."""
     expected = [*on_cpu["losses"], *([on_cpu["perplexity"]] if "perplexity" in on_cpu else [])]
     actual = [*on_device["losses"], *([on_device["perplexity"]] if "perplexity" in on_device else [])]
-    difference = max(abs(a - e) / abs(e) for a, e in zip(actual, expected, strict=True))
-    agrees = math.isfinite(difference) and difference <= LOSS_LIMIT
+    differences = [abs(a - e) / abs(e) for a, e in zip(actual, expected, strict=True)]
+    difference = max(differences) if all(map(math.isfinite, differences)) else math.inf
+    agrees = difference <= LOSS_LIMIT
     return Result(
         part=job.part,
         name=job.name,

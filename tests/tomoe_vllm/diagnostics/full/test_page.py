@@ -120,7 +120,15 @@ def test_a_page_without_results_is_short():
 
 @pytest.mark.parametrize(
     ("value", "text"),
-    [(None, ""), (0.0123456, "0.0123"), (12.0, "12.0"), (350.0, "350"), (12345.6, "12,346"), (0.0, "0.00")],
+    [
+        (None, ""),
+        (0.0123456, "0.0123"),
+        (12.0, "12.0"),
+        (350.0, "350"),
+        (12345.6, "12,346"),
+        (0.0, "0.00"),
+        ("nan", "nan"),
+    ],
 )
 def test_numbers_have_three_digits(value, text):
     assert number(value) == text

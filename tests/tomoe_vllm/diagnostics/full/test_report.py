@@ -42,6 +42,18 @@ def test_both_files_hold_the_results_so_far(report):
     assert "The run has not ended" in page
 
 
+def test_numbers_that_json_does_not_have_are_text(report):
+    values = {"cpu": {"losses": [float("nan"), 2.0], "perplexity": float("inf")}}
+    report.results = [Result(part="training", name="a", status=FAILED, reason="x", values=values)]
+    report.write()
+
+    def refuse(name):
+        raise ValueError(name)
+
+    facts = json.loads((report.folder / "report.json").read_text(), parse_constant=refuse)
+    assert facts["results"][0]["values"]["cpu"] == {"losses": ["nan", 2.0], "perplexity": "inf"}
+
+
 def test_an_interrupted_write_keeps_the_old_files(report, monkeypatch):
     report.write()
     before = {file.name: file.read_text() for file in report.folder.glob("report.*")}
