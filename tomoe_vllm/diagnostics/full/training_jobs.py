@@ -34,6 +34,7 @@ def run(job: Job, options: Options) -> Iterator[Result]:
     base = scratch / "training-base"
     if not base.exists():
         write_base(base)
+    torch.set_num_threads(1)  # for tensors of this size more threads only wait for each other
     if job.kind == "training steps":
         on_cpu = smoke_run(base, scratch / "steps-cpu", "cpu")
         yield compare(job, on_cpu, smoke_run(base, scratch / "steps-device", _device()))
