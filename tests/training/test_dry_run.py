@@ -74,5 +74,5 @@ def test_unknown_architecture_is_an_error(architecture, message):
 
 
 def test_no_base_and_no_architecture_is_an_error():
-    with pytest.raises(ValueError, match="no base: give --base FOLDER of the dense model, or `architecture`"):
+    with pytest.raises(FileNotFoundError, match="the base does not exist, and the run has no `architecture`"):
         _run(None)

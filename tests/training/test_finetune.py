@@ -83,6 +83,7 @@ def checkpoint(dense_folder, adapter_folder, tmp_path):
     def make(family="llama"):
         out = tmp_path / f"checkpoint-{family}"
         export_checkpoint(dense_folder(family), adapter_folder(family), out, **TINY)
+        word_tokenizer().save_pretrained(out)  # transformers makes a byte-level tokenizer of qwen2's base
         return out
 
     return make

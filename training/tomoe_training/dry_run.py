@@ -8,6 +8,7 @@ import yaml
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from tomoe_training.artifacts.model_check import load_base_config, model_tensors
+from tomoe_training.artifacts.tokenizer_files import check_vocabulary, load_tokenizer
 from tomoe_training.config import RunConfig
 from tomoe_training.method.student import Student
 from tomoe_vllm.hf.configuration_tomoe import base_model_type, block_shape
@@ -41,10 +42,11 @@ def dry_run(run: RunConfig) -> dict:
 def _base_config(run: RunConfig):
     base = Path(run.base)
     if run.architecture is None or base.joinpath("config.json").is_file():
-        if not run.base:
-            raise ValueError("no base: give --base FOLDER of the dense model, or `architecture` with --dry-run")
+        if not run.base or not base.exists():
+            raise FileNotFoundError(f"{run.base or 'the base'} does not exist, and the run has no `architecture`")
         config = load_base_config(base)
         model_tensors(base, config, warns=True)
+        check_vocabulary(load_tokenizer(base, warns=True), config.vocab_size, base)
         return config
     fields = dict(run.architecture)
     model_type = fields.pop("model_type", "")

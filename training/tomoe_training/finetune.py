@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import AutoTokenizer, get_scheduler
+from transformers import get_scheduler
 
 from tomoe_training.artifacts.atomic import atomic_folder, link_or_copy
 from tomoe_training.artifacts.inspection import inspect
@@ -38,6 +38,7 @@ from tomoe_training.artifacts.safetensors_io import (
     stored_tensors,
     write_tensors,
 )
+from tomoe_training.artifacts.tokenizer_files import load_tokenizer
 from tomoe_training.base_model import use_causal_attention
 from tomoe_training.config import LEARNING_RATES, FinetuneConfig
 from tomoe_training.data import InterleavedBlocks, load_documents, pack
@@ -65,7 +66,7 @@ def finetune(checkpoint: Path, config: FinetuneConfig, out: Path) -> dict[str, A
         raise ValueError(f"{checkpoint} is an adapter; give the checkpoint that tomoe export wrote from it")
     tensors = stored_tensors(checkpoint)
     with atomic_folder(out) as folder:  # first: an existing folder is refused before training
-        tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+        tokenizer = load_tokenizer(checkpoint)
         sources = [load_documents(source, config.text_column) for source in config.data]
         packed = [pack(documents, tokenizer, config.sequence_length) for documents in sources]
         device = default_device()

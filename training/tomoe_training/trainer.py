@@ -17,7 +17,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, DistributedType, InitProcessGroupKwargs
 from torch import Tensor
-from transformers import AutoTokenizer, get_scheduler
+from transformers import get_scheduler
 
 from tomoe_training.artifacts.adapter import Adapter, AdapterConfig
 from tomoe_training.artifacts.atomic import write_text
@@ -25,6 +25,7 @@ from tomoe_training.artifacts.export import check_base
 from tomoe_training.artifacts.model_check import load_base_config, model_name, model_tensors
 from tomoe_training.artifacts.provenance import provenance
 from tomoe_training.artifacts.safetensors_io import fingerprint
+from tomoe_training.artifacts.tokenizer_files import check_vocabulary, load_tokenizer
 from tomoe_training.artifacts.training_state import check_state
 from tomoe_training.base_model import load_base, use_causal_attention
 from tomoe_training.budget import Widths
@@ -82,6 +83,8 @@ class _Run:
         if not config.data:
             raise ValueError("no training data: give --data FILE [FILE ...] (or `self`)")
         model_tensors(self.base_folder, base_config, warns=True)
+        self.tokenizer = load_tokenizer(self.base_folder, warns=True)
+        check_vocabulary(self.tokenizer, base_config.vocab_size, self.base_folder)
         # The gates' buffers (running quantiles) change every step, equally on all ranks.
         self.accelerator = Accelerator(
             kwargs_handlers=[
@@ -110,8 +113,6 @@ class _Run:
         )
         if config.gradient_checkpointing:
             self._checkpoint_layers()
-        self.tokenizer = AutoTokenizer.from_pretrained(self.base_folder)
-        self._check_tokenizer(base_config)
         self.blocks = self._load_blocks()
         use_causal_attention(self.base, config.sequence_length)
         self.student = Student(self.base, config).to(self.accelerator.device)
@@ -136,13 +137,6 @@ class _Run:
                 module.p = 0.0
             elif hasattr(module, "attention_dropout"):
                 module.attention_dropout = 0.0
-
-    def _check_tokenizer(self, base_config) -> None:
-        if len(self.tokenizer) > base_config.vocab_size:
-            raise ValueError(
-                f"the tokenizer in {self.base_folder} has {len(self.tokenizer)} tokens, the model "
-                f"{base_config.vocab_size}: they do not belong together"
-            )
 
     def _load_blocks(self) -> InterleavedBlocks:
         config, sources = self.config, []

@@ -27,7 +27,7 @@ class _Payload:
 
 def test_code_in_a_state_is_not_executed(tmp_path, capsys):
     torch.save({"version": VERSION, "step": _Payload()}, tmp_path / "state.pt")
-    with pytest.raises(ValueError, match="is damaged or from another version"):
+    with pytest.raises(ValueError, match="is whole and was written by another version"):
         load_state(tmp_path / "state.pt", CPU)
     assert "executed" not in capsys.readouterr().out
 
@@ -37,7 +37,7 @@ def test_state_of_version_1_is_refused_and_kept(tmp_path):
     file = tmp_path / "state.pt"
     widths = Widths(experts=[8], qk_dims=[8], vo_dims=[8], shift=0.0)
     torch.save({"step": 2, "widths": widths}, file)  # with the exact budget
-    with pytest.raises(ValueError, match=r"from another version of tomoe; remove it to start this run again"):
+    with pytest.raises(ValueError, match=r"was written by another version of tomoe; finish the run with that version"):
         load_state(file, CPU)
     torch.save({"step": 2, "widths": None}, file)  # with the penalty
     with pytest.raises(ValueError, match=r"has training state version 1, this tomoe resumes version 2"):
@@ -77,3 +77,41 @@ def test_state_that_is_not_finite_is_found(part, value):
     tensor[1] = value
     with pytest.raises(FloatingPointError, match="not finite after step 7: a gradient overflowed"):
         check_state(state, 7)
+
+
+def test_every_flipped_bit_of_a_tensor_is_found(tmp_path):
+    """torch.load does not compare checksums: it would resume from other numbers."""
+    file = tmp_path / "state.pt"
+    save_state({"step": 3, "weights": torch.arange(3000)}, file)
+    data = bytearray(file.read_bytes())
+    data[data.index(torch.arange(1000, 1004).numpy().tobytes())] ^= 4
+    file.write_bytes(data)
+    assert torch.load(file)["weights"].tolist() != list(range(3000))
+    with pytest.raises(ValueError, match=r"state\.pt is damaged \(the checksum of .* is wrong\); remove it"):
+        load_state(file, CPU)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cpu:0", "cpu:1", "meta"])
+def test_state_is_loaded_to_any_device_of_accelerate(device, tmp_path):
+    """Several CPU processes are on "cpu:0", a name that torch.load does not know."""
+    file, device = tmp_path / "state.pt", torch.device(device)
+    save_state({"step": 3, "optimizer": {"state": [(torch.arange(3), 0.5)]}}, file)
+    (tensor, number), *_ = load_state(file, device)["optimizer"]["state"]
+    assert (tensor.device.type, number) == (device.type, 0.5)
+
+
+@pytest.mark.parametrize("error", [RuntimeError("CUDA out of memory"), ValueError("x"), TypeError("x")])
+def test_error_while_loading_a_whole_file_does_not_advise_to_remove_it(error, tmp_path, monkeypatch):
+    def fail(*args, **kwargs):
+        raise error
+
+    save_state({"step": 3}, tmp_path / "state.pt")
+    monkeypatch.setattr(torch, "load", fail)
+    with pytest.raises(ValueError, match=f"is whole but cannot be loaded here, keep it: {error}$"):
+        load_state(tmp_path / "state.pt", CPU)
+
+
+def test_file_of_something_else_is_told_so(tmp_path):
+    torch.save([1, 2], tmp_path / "state.pt")
+    with pytest.raises(ValueError, match="is not a training state of tomoe; choose another --out"):
+        load_state(tmp_path / "state.pt", CPU)

@@ -15,7 +15,7 @@ def test_truncated_training_checkpoint_is_one_clear_error(size, config, tmp_path
     interrupt(config(), tmp_path / "out")
     file = tmp_path / "out" / "run" / "checkpoint.pt"
     file.write_bytes(file.read_bytes()[:size])
-    with pytest.raises(ValueError, match=r"checkpoint\.pt is damaged or .*; remove it to start this run again"):
+    with pytest.raises(ValueError, match=r"checkpoint\.pt is damaged \(.*\); remove it to start this run again"):
         train(config(), tmp_path / "out")
     assert file.is_file()  # nothing is lost
 

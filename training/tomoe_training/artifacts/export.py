@@ -26,14 +26,18 @@ from tomoe_training.artifacts.safetensors_io import (
     read_header,
     write_tensors,
 )
+from tomoe_training.artifacts.tokenizer_files import copy_tokenizer
 from tomoe_training.budget import Widths, choose_units, expert_masks, solve_widths
 from tomoe_vllm.hf.configuration_tomoe import CONFIG_CLASSES, base_model_type, block_shape
 from tomoe_vllm.hf.tomoe_math import BlockShape, head_units, pack_signature, top_mask
 
 TOMOE_SHARD = "model-tomoe.safetensors"
 SHIPPED_CODE = ("configuration_tomoe.py", "tomoe_math.py", "modeling_tomoe.py")
-COPIED = ("generation_config.json", "chat_template.jinja", "chat_template.json", "LICENSE*", "NOTICE*", "*.model")
-COPIED_TOKENIZER = ("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json")
+COPIED = (
+    "generation_config.json", "*processor_config.json", "*LICEN[CS]E*", "*[Ll]icen[cs]e*", "NOTICE*", "*POLICY*",
+    "COPYING*",
+)  # fmt: skip
+"""Beside the tokenizer. The base's licence and policy hold for the checkpoint, too."""
 
 
 def check_base(adapter: Adapter, base: Path) -> None:
@@ -118,9 +122,9 @@ def export_checkpoint(
         index = {"metadata": {"total_size": num_bytes}, "weight_map": dict(sorted(weight_map.items()))}
         (folder / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n")
         model_tensors(folder, _write_config(config, adapter, widths, active_ratio, folder))
-        for pattern in (*COPIED, *COPIED_TOKENIZER):
-            for file in base.glob(pattern):
-                shutil.copyfile(file, folder / file.name)
+        copy_tokenizer(base, folder)
+        for file in (file for pattern in COPIED for file in base.glob(pattern) if file.is_file()):
+            shutil.copyfile(file, folder / file.name)
         for name in SHIPPED_CODE:
             (folder / name).write_text(files("tomoe_vllm.hf").joinpath(name).read_text())
         details = provenance() | {"training": adapter.config.training}

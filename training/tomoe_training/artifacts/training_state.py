@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -50,23 +51,53 @@ def save_state(state: dict[str, Any], file: Path) -> None:
 
 
 def load_state(file: Path, device: torch.device) -> dict[str, Any] | None:
-    """What :func:`save_state` saved, or None without a file.
+    """What :func:`save_state` saved, with tensors on ``device``, or None without a file.
 
-    Raises ``ValueError`` for a damaged file and for one of another version. The file is kept.
+    The checksums in the file are read first. Raises ``ValueError`` for a file that they prove to be damaged, for one of
+    another version, and for a whole file that cannot be loaded. The file is kept.
     """
     if not file.is_file():
         return None
+    damage = _damage(file)
+    if damage:
+        raise ValueError(f"{file} is damaged ({damage}); remove it to start this run again from step 0")
     try:
-        state = torch.load(file, map_location=device, weights_only=True)
-    except (RuntimeError, EOFError, pickle.UnpicklingError, KeyError, ValueError) as error:
-        # Version 1 held a class of this package, which weights_only refuses.
+        state = torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:  # version 1 held a class of this package, which weights_only refuses
         raise ValueError(
-            f"{file} is damaged or from another version of tomoe; remove it to start this run again from step 0"
+            f"{file} is whole and was written by another version of tomoe; finish the run with that version, or choose "
+            "another --out"
         ) from error
+    except (RuntimeError, EOFError, KeyError, ValueError, TypeError) as error:
+        raise ValueError(f"{file} is whole but cannot be loaded here, keep it: {error}") from error
+    state = _moved(state, device)
+    if not isinstance(state, dict) or "step" not in state:
+        raise ValueError(f"{file} is not a training state of tomoe; choose another --out")
     if state.get("version") != VERSION:
         raise ValueError(
             f"{file} has training state version {state.get('version', 1)}, this tomoe resumes version {VERSION}: the "
-            "order of batches and the noise differ. Finish the run with the version that started it, or remove the "
-            "file to start again from step 0"
+            "order of batches and the noise differ. Finish the run with the version that started it, or choose another "
+            "--out"
         )
     return state
+
+
+def _damage(file: Path) -> str | None:
+    """What is wrong with a file of torch.save, a zip archive with a CRC-32 per record; None if its bytes are right."""
+    try:
+        with zipfile.ZipFile(file) as archive:
+            record = archive.testzip()
+    except (zipfile.BadZipFile, EOFError, OverflowError, ValueError, NotImplementedError) as error:
+        return f"{error or 'it ends early'}"
+    return f"the checksum of {record} is wrong" if record else None
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    """A copy of a state with its tensors on ``device``. (torch.load itself does not know every device's name.)"""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, dict):
+        return {key: _moved(item, device) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_moved(item, device) for item in value]
+    return tuple(_moved(item, device) for item in value) if isinstance(value, tuple) else value

@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from transformers import AutoTokenizer
 
 from tomoe_training.artifacts.adapter import Adapter
 from tomoe_training.artifacts.atomic import write_json
 from tomoe_training.artifacts.export import check_base
 from tomoe_training.artifacts.model_check import load_base_config, model_tensors
 from tomoe_training.artifacts.provenance import provenance
+from tomoe_training.artifacts.tokenizer_files import load_tokenizer
 from tomoe_training.config import RunConfig, load_run_config
 from tomoe_training.data import InterleavedBlocks, load_documents, pack
 from tomoe_training.dtypes import default_device
@@ -92,7 +92,7 @@ def compare(
     model_tensors(base_folder, load_base_config(base_folder), warns=True)
     content = read_text(text)
     _check_options(config, adapter, block_size, out)
-    tokenizer = AutoTokenizer.from_pretrained(base_folder)
+    tokenizer = load_tokenizer(base_folder)
     test_blocks = text_blocks(tokenizer, content, block_size, max_blocks)
     documents = [load_documents(source, config.text_column) for source in config.data]
     blocks = InterleavedBlocks([pack(d, tokenizer, config.sequence_length) for d in documents], config.seed)

@@ -14,9 +14,10 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from tomoe_training.artifacts.model_check import check_model
+from tomoe_training.artifacts.tokenizer_files import load_tokenizer
 from tomoe_training.dtypes import EVALUATION_DTYPES, default_device, evaluation_dtype
 from tomoe_training.process_setup import hide_progress_bars
 from tomoe_vllm.hf.register import register_with_transformers
@@ -40,7 +41,7 @@ def evaluate_perplexity(
         raise ValueError(f"block_size is {block_size}; it must be at least 2")
     register_with_transformers()  # otherwise transformers would ask whether to trust the checkpoint's own code
     dtype = evaluation_dtype(dtype, AutoConfig.from_pretrained(folder).dtype, default_device())
-    blocks = text_blocks(AutoTokenizer.from_pretrained(folder), content, block_size, max_blocks)
+    blocks = text_blocks(load_tokenizer(folder), content, block_size, max_blocks)
     nlls = BACKENDS[backend](folder, blocks, dtype)
     return {
         "ppl": perplexity_from(nlls, blocks),
