@@ -21,8 +21,6 @@ from tomoe_vllm.diagnostics.bench.setup import EngineSetup
 
 WORKER = "tomoe_vllm.diagnostics.bench.worker"
 DECODE_ROUNDS, PREFILL_ROUNDS = 4, 6
-DENSE_PATHS = ("masked", "shared_dense")
-"""Execution paths that do all the work of the dense MLP."""
 SIZE_NAMES = {"decode": "batch", "prefill": "prompt_tokens"}
 """What a row of each timed part is for, as the results name it."""
 
@@ -104,20 +102,7 @@ def bench_engines(folders: dict[str, Path], parts: list[str], setup: EngineSetup
                 memory |= read_memory(engines, loaded)
     if memory:
         results["memory"] = memory | memory_ratios(memory)
-    for line in not_expected_faster(paths):
-        print(line, file=sys.stderr)
     return results
-
-
-def not_expected_faster(paths: dict[int, str]) -> list[str]:
-    """One line for each path that does the work of the dense MLP. ``paths``: by number of tokens in a step."""
-    sizes = {name: [str(size) for size, path in paths.items() if path == name] for name in DENSE_PATHS}
-    return [
-        f"note: steps of {', '.join(of_path)} tokens ran the path {name}, which reads and multiplies all neurons like "
-        "the dense MLP; they are not expected to be faster than dense"
-        for name, of_path in sizes.items()
-        if of_path
-    ]
 
 
 def sample_decode(engines: dict[str, Engine], setup: EngineSetup, batch: int, rounds: int = DECODE_ROUNDS) -> Samples:

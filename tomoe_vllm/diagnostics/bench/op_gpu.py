@@ -23,6 +23,8 @@ from torch import Tensor
 from tomoe_vllm.diagnostics.bench.measure import Call, Clock, CudaClock, interleave, summary
 from tomoe_vllm.diagnostics.bench.op import draw_experts, limit_seconds, op_line, require_agreement
 from tomoe_vllm.diagnostics.bench.shapes import Shape
+from tomoe_vllm.diagnostics.device import CudaDevice
+from tomoe_vllm.diagnostics.roofline import Chip
 from tomoe_vllm.kernels.expert_activation import expert_activation
 from tomoe_vllm.kernels.expert_mlp.triton.dispatch import expert_mlp_cuda
 from tomoe_vllm.kernels.expert_mlp.weight_layout import neuron_lists
@@ -110,8 +112,11 @@ def bench_op_gpu(
     device: str = "cuda",
     dtype: torch.dtype = torch.bfloat16,
     is_compiled: bool = True,
+    chip: Chip | None = None,
 ) -> dict:
     """Milliseconds per layer of each path at every number of tokens, measured once all paths gave the same result.
+
+    ``chip``: rates for the limit; by default those measured on the GPU.
 
     Raises ``RuntimeError`` if the result of a path differs.
     """
@@ -122,7 +127,7 @@ def bench_op_gpu(
     layers = [
         GpuLayer(shape, generator, dtype) for _ in range(max(1, min(shape.num_layers, round(WALKED_BYTES / mlp_bytes))))
     ]
-    bandwidth, rate = copy_bandwidth(clock, device), gemm_rate(clock, device, dtype)
+    chip = chip or CudaDevice().measured_chip()
     rows = []
     for num_tokens in NUM_TOKENS:
         x = torch.randn(num_tokens, shape.hidden_size, generator=generator, device=device).to(dtype)
@@ -133,28 +138,14 @@ def bench_op_gpu(
         calls = {name: clock.prepare(walk_layers(path, layers, x, draws)) for name, path in paths.items()}
         samples = interleave(calls, ROUNDS, warm_up=3, clock=clock)
         ms = {name: summary(values, 1e3 / len(layers)) for name, values in samples.items()}
-        limits = [limit_seconds(shape, layers[0], ids, bandwidth, rate, itemsize) for ids in draws]
+        limits = [limit_seconds(shape, layers[0], ids, chip.bandwidth, chip.flops, itemsize) for ids in draws]
         route_ms = ms.pop("route")
         limit = statistics.median(limits) * 1e3
         rows.append({"num_tokens": num_tokens, "limit_ms": limit, "ms": ms, "route_ms": route_ms})
         print(f"{op_line(rows[-1])}; route {route_ms['median']:.4f}", file=sys.stderr, flush=True)
     return {
         "num_layers_walked": len(layers),
-        "read_bytes_per_s": bandwidth,
-        "gemm_flop_per_s": rate,
+        "read_bytes_per_s": chip.bandwidth,
+        "gemm_flop_per_s": chip.flops,
         "rows": rows,
     }
-
-
-def copy_bandwidth(clock: Clock, device: str, num_bytes: int = 1 << 30) -> float:
-    """Bytes per second that a copy within the device's memory reads and writes, at its best of ten times."""
-    source = torch.zeros(num_bytes, dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    samples = interleave({"copy": clock.prepare(lambda: target.copy_(source))}, 10, clock=clock)
-    return 2 * num_bytes / min(samples["copy"])
-
-
-def gemm_rate(clock: Clock, device: str, dtype: torch.dtype, size: int = 8192) -> float:
-    """Operations per second of a large square GEMM, at its best of ten times."""
-    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    return 2 * size**3 / min(interleave({"gemm": clock.prepare(lambda: a @ b)}, 10, clock=clock)["gemm"])

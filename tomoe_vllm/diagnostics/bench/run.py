@@ -6,11 +6,13 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import AutoConfig
 
 from tomoe_vllm import __version__
 from tomoe_vllm.diagnostics.bench import setup
 from tomoe_vllm.diagnostics.bench.measure import machine
+from tomoe_vllm.diagnostics.bench.prediction import not_expected_faster, predict
 from tomoe_vllm.diagnostics.bench.shapes import Shape, shape_of
 from tomoe_vllm.hf.register import register_configs
 
@@ -61,6 +63,8 @@ def bench(
         results["op"] = {"shape": shape} | _bench_op(device, named)
     if set(parts) - {"op"}:
         results |= _bench_engines(parts, device, order, shape, model, tomoe)
+        for line in not_expected_faster(results):
+            print(line, file=sys.stderr)
     if out is not None:
         out.mkdir(parents=True)
         (out / "bench.json").write_text(json.dumps(results, indent=1) + "\n")
@@ -74,7 +78,9 @@ def _bench_op(device: str, shape: Shape) -> dict:
     if device == "cuda":
         from tomoe_vllm.diagnostics.bench.op_gpu import bench_op_gpu
 
-        return bench_op_gpu(shape)
+        results = bench_op_gpu(shape)
+        torch.cuda.empty_cache()  # the engines of the other parts need the memory
+        return results
     from tomoe_vllm.diagnostics.bench.op import bench_op
 
     return bench_op(shape)
@@ -102,4 +108,8 @@ def _bench_engines(
             file=sys.stderr,
         )
         facts = {key: getattr(engines, key) for key in ("baseline", "is_interleaved", "kv_cache_bytes")}
-        return facts | bench_engines(folders, parts, engines)
+        results = facts | bench_engines(folders, parts, engines)
+        if device == "cuda":
+            register_configs()
+            predict(results, AutoConfig.from_pretrained(tomoe), torch.cuda.get_device_name())
+        return results

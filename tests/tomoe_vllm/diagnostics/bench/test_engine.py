@@ -7,7 +7,7 @@ import pytest
 from transformers import LlamaConfig
 
 from tomoe_vllm.diagnostics.bench import engine as bench_engine
-from tomoe_vllm.diagnostics.bench.engine import bench_engines, not_expected_faster, rates, sample_decode, sample_prefill
+from tomoe_vllm.diagnostics.bench.engine import bench_engines, rates, sample_decode, sample_prefill
 from tomoe_vllm.diagnostics.bench.setup import GpuMemory, cpu_setup, cuda_setup
 
 SECONDS = {("dense", "compiled"): 0.2, ("dense", "shipped"): 0.3, ("tomoe", "compiled"): 0.1, ("tomoe", "shipped"): 0.1}
@@ -134,14 +134,6 @@ def test_engines_one_after_the_other_give_the_same_rows(groups, tasks):
     assert groups[2:] == [["dense", "tomoe"]]
     assert apart == together
     assert apart["decode"][0]["ratio"] == apart["prefill"][0]["ratio"] == pytest.approx(3)
-
-
-def test_steps_that_do_the_work_of_the_dense_mlp_are_named():
-    lines = not_expected_faster({1: "shared_gather", 4: "shared_dense", 16: "shared_dense", 1024: "shared_grouped"})
-    assert [line.partition(",")[0] for line in lines] == ["note: steps of 4"]
-    assert "4, 16 tokens ran the path shared_dense" in lines[0]
-    assert "1, 4 tokens ran the path masked" in not_expected_faster({1: "masked", 4: "masked"})[0]
-    assert not_expected_faster({1: "shared_rows", 64: "fused"}) == []
 
 
 def test_memory_on_a_gpu_is_that_of_torch(groups, capsys):

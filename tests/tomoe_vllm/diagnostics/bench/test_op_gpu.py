@@ -17,11 +17,11 @@ from tomoe_vllm.diagnostics.bench.measure import CpuClock
 from tomoe_vllm.diagnostics.bench.shapes import Shape
 
 op_gpu.NUM_TOKENS, op_gpu.ROUNDS = (3, 9), 1
-op_gpu.copy_bandwidth, op_gpu.gemm_rate = lambda *_: 1e9, lambda *_: 1e12
 shape = Shape(
     hidden_size=32, intermediate_size=48, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=16, vocab_size=96
 )
-options = {"clock": CpuClock(), "device": "cpu", "dtype": torch.float32, "is_compiled": False}
+chip = op_gpu.Chip(name="slow", bandwidth=1e9, flops=1e12)
+options = {"clock": CpuClock(), "device": "cpu", "dtype": torch.float32, "is_compiled": False, "chip": chip}
 print(json.dumps(op_gpu.bench_op_gpu(shape, **options)))
 right = op_gpu.expert_mlp_cuda
 op_gpu.expert_mlp_cuda = lambda x, ids, weights, path: right(x, ids, weights, path) * (1 + 1e-3 * (path == "gather"))
