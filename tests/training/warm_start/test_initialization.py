@@ -7,6 +7,7 @@ import pytest
 import torch
 from tomoe_training.method.student import Student
 from tomoe_training.warm_start import initialization
+from tomoe_training.warm_start.importance import LayerImportance
 from tomoe_training.warm_start.initialization import (
     _cluster,
     _fit_router,
@@ -16,6 +17,7 @@ from tomoe_training.warm_start.initialization import (
 )
 
 from tests.helpers.dense_models import FAMILIES
+from tests.helpers.pretended_gpu import pretended_gpu
 from tests.helpers.students import random_student, settings
 
 
@@ -116,3 +118,24 @@ def test_routers_are_fitted_on_the_device_of_the_gates(dense_folder, monkeypatch
     _fit_value_router(head, inputs, torch.empty(256, 16, device="meta"), keep_ratio=0.5)
     labels = torch.empty(256, dtype=torch.long, device="meta")
     assert _fit_router(inputs, labels, num_experts=4).device.type == "meta"
+
+
+def test_clustering_a_layer_takes_four_float32_copies_of_its_records(monkeypatch):
+    """The bytes that the module's docstring names; without the workspaces of kernels."""
+    for name in ("ROUTER_ITERATIONS", "KMEANS_ITERATIONS", "REFINEMENTS"):
+        monkeypatch.setattr(initialization, name, 2)
+    num_tokens, hidden_size, num_neurons = 512, 64, 2048
+    shapes = {"attention_in": hidden_size, "mlp_in": hidden_size, "neurons": num_neurons, "value": 16}
+    with pretended_gpu() as device, torch.no_grad():
+        records = {name: torch.rand(num_tokens, size).to(device, torch.bfloat16) for name, size in shapes.items()}
+        layer = LayerImportance(query_key=torch.rand(8).to(device), **records)
+        student = SimpleNamespace(
+            shape=SimpleNamespace(intermediate_size=num_neurons),
+            settings=settings(num_experts=8),
+            expert_gates=[SimpleNamespace(router=torch.nn.Linear(hidden_size, 8, bias=False).to(device))],
+        )
+        before = torch.gpu.memory_allocated()
+        torch.gpu.reset_peak_memory_stats()
+        initialization._start_experts(student, 0, layer)
+        peak = torch.gpu.max_memory_allocated() - before
+    assert peak <= 4.1 * 4 * num_tokens * num_neurons

@@ -17,9 +17,9 @@ last bit could give them other widths. Layers are recorded in groups of at most 
 the model for each group. The device then holds, in bytes for T tokens of text and L layers,
 
     GROUP_BYTES + T (2 D + 4 A) L  (inputs and importance of the value routers, which need all widths)
-    + about 6 * 4 T F              (float32 copies while one layer is clustered)
+    + 4 * 4 T F                    (float32 copies while one layer is clustered)
 
-For LLaMA-2 7B and 8,192 tokens these are 4.3 + 2.3 + 2.2 GB and two passes. Host memory holds none of it.
+For LLaMA-2 7B and 8,192 tokens these are 4.3 + 2.3 + 1.4 GB and two passes. Host memory holds none of it.
 """
 
 from dataclasses import dataclass
