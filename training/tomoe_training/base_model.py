@@ -41,8 +41,11 @@ def load_base(folder: Path, config, dtype: torch.dtype, device: torch.device, *,
     if is_sharded:
         mesh = init_device_mesh(device.type, (num_ranks(),))
         for layer in model.model.layers:
-            # The default keeps every layer gathered after its forward pass: each of them is a root of its own.
-            fully_shard(layer, mesh=mesh, reshard_after_forward=True)
+            # Linear by linear: while FSDP2 gathers, it holds the parameters twice, as one flat buffer and as tensors.
+            linears = [module for module in layer.modules() if isinstance(module, torch.nn.Linear)]
+            for module in (*linears, layer):
+                # The default keeps a root gathered after its forward pass, and each layer is a root of its own.
+                fully_shard(module, mesh=mesh, reshard_after_forward=True)
     is_tied = config.tie_word_embeddings
     for module_name, module in model.named_modules():
         if module in model.model.layers:

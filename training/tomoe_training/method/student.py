@@ -231,16 +231,18 @@ class Student(nn.Module):
                 head.norm.weight.copy_(layer.value_norm_weight)
                 head.norm.bias.copy_(layer.value_norm_bias)
                 self.value_quantiles[i].copy_(layer.logits.value)
-        embeddings = self.hypernetwork()
+        embeddings, device = self.hypernetwork(), self.value_quantiles.device
         for i, (head, expert, layer) in enumerate(zip(self.head_gates, self.expert_gates, layers, strict=True)):
             if self.settings.vo_mode == "dynamic":
-                head.embedding_offset.add_(layer.value_bias - head.mean_embedding(embeddings[2 * i]))
+                assert layer.value_bias is not None
+                head.embedding_offset.add_(layer.value_bias.to(device) - head.mean_embedding(embeddings[2 * i]))
             query_key, value = head.static_logits(head.mean_embedding(embeddings[2 * i]))
-            head.query_key_offset.add_(layer.logits.query_key - query_key)
+            head.query_key_offset.add_(layer.logits.query_key.to(device) - query_key)
             if value is not None:
-                head.value_offset.add_(layer.logits.value - value)
+                assert layer.logits.value is not None
+                head.value_offset.add_(layer.logits.value.to(device) - value)
             expert.router.weight.copy_(layer.router)
-            expert.offset.add_(layer.logits.experts - expert.logits(embeddings[2 * i + 1]))
+            expert.offset.add_(layer.logits.experts.to(device) - expert.logits(embeddings[2 * i + 1]))
 
 
 def _layer_noise(noise: StepNoise, i: int) -> LayerNoise:
