@@ -109,6 +109,15 @@ def adapter_folder(dense_folder, tmp_path_factory):
 
 
 @pytest.fixture
+def gpu():
+    """``gpu:0``, a device with CUDA's rules on the CPU: see tests/helpers/pretended_gpu."""
+    from tests.helpers.pretended_gpu import pretended_gpu
+
+    with pretended_gpu() as device:
+        yield device
+
+
+@pytest.fixture
 def run_cli(monkeypatch, capfd):
     """``run_cli("inspect", folder)``: the real command line in this process -> (exit code, stdout, stderr)."""
     from tomoe_vllm import cli

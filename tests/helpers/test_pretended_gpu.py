@@ -17,12 +17,6 @@ pytestmark = pytest.mark.process  # compiles the device on first use
 
 
 @pytest.fixture
-def gpu():
-    with pretended_gpu() as device:
-        yield device
-
-
-@pytest.fixture
 def group(gpu, tmp_path, monkeypatch):
     """A process group of this process alone, with the backend that accelerate chooses on the device."""
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
@@ -114,6 +108,26 @@ def test_recomputed_activations_draw_the_same_dropout(gpu):
     y = checkpoint(lambda x: F.dropout(x * 2), x, use_reentrant=False)
     y.sum().backward()
     assert x.grad.tolist() == y.tolist()
+
+
+def test_inference_mode_gives_views_of_tensors_made_before(gpu):
+    weight, bias = torch.ones(3, 4, device=gpu), torch.ones(3, device=gpu)
+    with torch.inference_mode():
+        y = F.linear(torch.ones(2, 5, 4, device=gpu), weight, bias)
+        assert y.is_inference()
+        assert y.tolist() == torch.full((2, 5, 3), 5.0).tolist()
+
+
+def test_a_state_dict_is_loaded_beside_an_optimizer(gpu):
+    net = nn.Linear(3, 2).to(gpu)
+    optimizer = torch.optim.AdamW(net.parameters(), fused=True)
+    net(torch.ones(1, 3, device=gpu)).sum().backward()
+    optimizer.step()
+    weight = net.weight
+    net.load_state_dict({name: torch.zeros_like(value) for name, value in net.state_dict().items()})
+    assert net.weight is weight
+    assert weight.count_nonzero().item() == 0
+    optimizer.load_state_dict(optimizer.state_dict())
 
 
 # --------------------------------------------------------------------------------------------------------------- rules

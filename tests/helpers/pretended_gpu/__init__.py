@@ -58,24 +58,34 @@ def pretended_gpu() -> Iterator[torch.device]:
 
     library = load()
     device = torch.device(DEVICE_NAME, int(os.environ.get("LOCAL_RANK", 0)))
-    swaps = torch.__future__.get_swap_module_params_on_conversion()
     reset()
     library.gpu_set_available(True)
     library.gpu_set_device(device.index)
-    # Module.to keeps a parameter's identity on CUDA, for other backends it makes a new one unless tensors are swapped.
-    torch.__future__.set_swap_module_params_on_conversion(True)
     try:
         with (
             mock.patch.dict(os.environ, ACCELERATE_TORCH_DEVICE=str(device)),
             mock.patch.object(PartialState, "_prepare_backend", backend),
+            mock.patch.object(torch.nn.Module, "_apply", _apply_in_place),
             # In this thread: stacks of a backward pass begin in the test, and the engine may have run before.
             torch.autograd.set_multithreading_enabled(False),
         ):
             yield device
     finally:
         library.gpu_set_available(False)
-        torch.__future__.set_swap_module_params_on_conversion(swaps)
         reset()
+
+
+_apply = torch.nn.Module._apply
+
+
+def _apply_in_place(module: torch.nn.Module, *arguments, **options) -> torch.nn.Module:
+    """``Module.to`` that keeps the identity of parameters, as on CUDA. For PrivateUse1 torch makes new ones."""
+    before = torch.__future__.get_swap_module_params_on_conversion()
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        return _apply(module, *arguments, **options)
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(before)
 
 
 # ---------------------------------------------------------------------------------------------------- synchronisations

@@ -161,18 +161,16 @@ class CpuCall {
     for (const auto& [gpu, cpu] : tensors_) {
       if (cpu.is_same(tensor)) return gpu;
     }
-    c10::Storage storage;
-    for (const auto& [gpu, cpu] : storages_) {
-      if (cpu.is_alias_of(tensor.storage())) storage = gpu;  // a view
-    }
-    if (!storage) {
+    auto impl = view_of(tensor);
+    if (!impl) {
       const auto bytes = tensor.storage().nbytes();
-      storage = c10::Storage(c10::Storage::use_byte_size_t{}, bytes, to_gpu(tensor.storage(), device_.index()),
-                             &gpu_allocator, true);
-      storages_.emplace_back(storage, tensor.storage());  // of several outputs that share it
+      const c10::Storage storage(c10::Storage::use_byte_size_t{}, bytes, to_gpu(tensor.storage(), device_.index()),
+                                 &gpu_allocator, true);
+      impl = c10::make_intrusive<c10::TensorImpl>(c10::Storage(storage),
+                                                  c10::DispatchKeySet(c10::DispatchKey::PrivateUse1), tensor.dtype());
+      tensors_.emplace_back(at::Tensor(impl), tensor);  // of outputs that share it
+      storages_.emplace_back(storage, tensor.storage());
     }
-    auto impl = c10::make_intrusive<c10::TensorImpl>(
-        std::move(storage), c10::DispatchKeySet(c10::DispatchKey::PrivateUse1), tensor.dtype());
     impl->set_sizes_and_strides(tensor.sizes(), tensor.strides(), tensor.storage_offset());
     return at::Tensor(std::move(impl));
   }
@@ -188,6 +186,16 @@ class CpuCall {
   }
 
  private:
+  // With the keys of the tensor that is viewed: in inference mode they differ from those of a new tensor.
+  c10::intrusive_ptr<c10::TensorImpl> view_of(const at::Tensor& tensor) {
+    for (const auto& [gpu, cpu] : tensors_) {
+      if (!cpu.storage().is_alias_of(tensor.storage())) continue;
+      return c10::make_intrusive<c10::TensorImpl>(c10::TensorImpl::VIEW, c10::Storage(gpu.storage()), gpu.key_set(),
+                                                  tensor.dtype());
+    }
+    return {};
+  }
+
   c10::Storage alias_storage(const c10::Storage& gpu) {
     for (const auto& [known, cpu] : storages_) {
       if (known.is_alias_of(gpu)) return cpu;

@@ -10,6 +10,7 @@ from tomoe_training.trainer import train
 
 from tests.helpers.processes import environment, python, start_python
 from tests.helpers.runs import assert_identical, assignments, interrupt, largest_difference, metrics
+from tests.helpers.servers import free_port
 
 pytestmark = pytest.mark.process
 
@@ -70,7 +71,7 @@ def test_killed_run_ends_with_the_same_bits(config, tmp_path):
 def test_two_processes_train_the_adapter_of_one(fields, config, tmp_path):
     fields = {"mask_noise": 1.0, "router_noise": 1.0, "steps": 5} | fields
     train(config(**fields), tmp_path / "one")
-    launch = ["-m", "torch.distributed.run", "--nproc-per-node", 2, "--master-port", _free_port()]
+    launch = ["-m", "torch.distributed.run", "--nproc-per-node", 2, "--master-port", free_port()]
     sets = assignments(config(), **fields)
     result = python(
         *launch, "-m", "tomoe_vllm.cli", "train", "--out", tmp_path / "two", *sets,
@@ -89,14 +90,6 @@ def test_accelerate_launch_trains_the_same_adapter(config, tmp_path):
     result = python(*launch, "train", "--out", tmp_path / "launched", *assignments(config(), steps=2))
     assert result.returncode == 0, result.stderr[-3000:]
     assert_identical(tmp_path / "launched", tmp_path / "plain")
-
-
-def _free_port():
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def test_logging_settings_may_change_in_a_resumed_run(config, tmp_path):
