@@ -28,7 +28,7 @@ class CudaDevice:
     type = "cuda"
 
     def __init__(self) -> None:
-        self._flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device="cuda")
+        self._flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=self.type)
 
     def capture(self, run: Callable[[], Tensor]) -> Graph:
         """Capture ``run`` into a CUDA graph. Raises if ``run`` synchronizes with the host."""
@@ -77,10 +77,10 @@ class CudaDevice:
 
     def measured_chip(self) -> Chip:
         """Rates of the GPU: of a copy (bytes read and written), and of a large bfloat16 GEMM."""
-        source = torch.empty(2**30, dtype=torch.uint8, device="cuda")
+        source = torch.empty(2**30, dtype=torch.uint8, device=self.type)
         target = torch.empty_like(source)
         copy_ms = self.milliseconds(self.capture(lambda: target.copy_(source)))
-        matrix = torch.randn(8192, 8192, device="cuda").bfloat16()
+        matrix = torch.randn(8192, 8192, device=self.type).bfloat16()
         gemm_ms = self.milliseconds(self.capture(lambda: matrix @ matrix))
         assert copy_ms is not None
         assert gemm_ms is not None

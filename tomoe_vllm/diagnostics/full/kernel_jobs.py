@@ -82,16 +82,14 @@ def rates() -> dict:
     assert isinstance(gpu, CudaDevice)
     measured = chip()
     assert measured is not None
-    one, vector = torch.zeros(1, device="cuda"), torch.zeros(4096, device="cuda", dtype=torch.bfloat16)
+    one, vector = torch.zeros(1, device=gpu.type), torch.zeros(4096, device=gpu.type, dtype=torch.bfloat16)
 
     def launch_nothing() -> Tensor:
         nothing_kernel[(1,)](one)
         return one
 
-    nothing_ms, add_ms = (
-        gpu.milliseconds_per_call(launch_nothing, 200),
-        gpu.milliseconds_per_call(lambda: vector.add_(1), 200),
-    )
+    nothing_ms = gpu.milliseconds_per_call(launch_nothing, 200)
+    add_ms = gpu.milliseconds_per_call(lambda: vector.add_(1), 200)
     properties = torch.cuda.get_device_properties(0)
     return {
         "gpu": properties.name,
