@@ -75,7 +75,10 @@ CONTRACT: dict[str, tuple[str, ...]] = {
         "vllm.model_executor.layers.fused_moe.routed_experts:RoutedExperts.quant_method",
         "vllm.v1.attention.backends.registry:AttentionBackendEnum.TRITON_ATTN_DIFFKV",
         "vllm.v1.attention.backends.registry:AttentionBackendEnum.get_class",
+        "vllm.v1.attention.backends.triton_attn_diffkv:TritonAttentionDiffKVBackend.get_builder_cls",
+        "vllm.v1.attention.backends.triton_attn_diffkv:TritonAttentionDiffKVBackend.get_impl_cls",
         "vllm.v1.attention.backends.triton_attn_diffkv:TritonAttentionDiffKVBackend.set_head_size_v(head_size_v)",
+        "vllm.v1.attention.backends.triton_attn_diffkv:TritonAttentionDiffKVImpl.forward",
     ),
     "tomoe_vllm.compat.reload": (
         "vllm.model_executor.layers.attention:Attention.process_weights_after_loading(act_dtype)",

@@ -1,5 +1,6 @@
 """Private names of vLLM that ToMoE's layers build on."""
 
+from functools import cache
 from typing import Any
 
 from torch import nn
@@ -38,12 +39,32 @@ def routed_experts(fused_moe: nn.Module) -> nn.Module:
     return fused_moe.routed_experts
 
 
+@cache
 def diffkv_backend(head_size_v: int) -> type:
-    """vLLM's Triton attention backend with a value head size of its own.
+    """vLLM's Triton attention backend for keys and values of different sizes, with values of ``head_size_v``.
 
-    The backend keeps its value head size on the class, and vLLM's own models (mimo_v2, openpangu) set it in this way,
-    so all layers of a process must have the same.
+    vLLM keeps the value size on the backend class, one for the process, and reads it there in the metadata builder and
+    in each forward pass. The classes returned here set it before each of these, so two models of one process (a draft
+    model) may differ.
     """
-    backend = AttentionBackendEnum.TRITON_ATTN_DIFFKV.get_class()
-    backend.set_head_size_v(head_size_v)
-    return backend
+    vllm_backend: Any = AttentionBackendEnum.TRITON_ATTN_DIFFKV.get_class()
+    vllm_builder: Any = vllm_backend.get_builder_cls()
+    vllm_impl: Any = vllm_backend.get_impl_cls()
+
+    class Builder(vllm_builder):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            vllm_backend.set_head_size_v(head_size_v)
+            super().__init__(*args, **kwargs)
+
+    class Impl(vllm_impl):
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            vllm_backend.set_head_size_v(head_size_v)
+            return super().forward(*args, **kwargs)
+
+    members = {
+        "head_size_v": head_size_v,
+        "get_builder_cls": staticmethod(lambda: Builder),
+        "get_impl_cls": staticmethod(lambda: Impl),
+        "__module__": __name__,
+    }
+    return type(f"DiffKVBackend{head_size_v}", (vllm_backend,), members)  # vLLM groups layers by the name of the class

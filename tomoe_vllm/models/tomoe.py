@@ -9,6 +9,7 @@ as types; and the interface flags (LoRA, pipeline parallelism, quantization) mus
 caches its inspection of a model class by the hash of the file that defines the class.
 """
 
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import islice
@@ -31,6 +32,7 @@ from vllm.model_executor.models.utils import (
     make_layers,
     maybe_prefix,
 )
+from vllm.platforms import current_platform
 from vllm.sequence import IntermediateTensors
 
 from tomoe_vllm.hf.configuration_tomoe import base_model_type
@@ -217,6 +219,11 @@ class ToMoEForCausalLM(nn.Module, SupportsLoRA, SupportsPP, SupportsQuant):
                 "Use --tensor-parallel-size alone"
             )
         require_readable(vllm_config.load_config.load_format)
+        if current_platform.is_cuda() and os.environ.get("VLLM_BATCH_INVARIANT", "0") not in ("", "0"):
+            raise ValueError(
+                "VLLM_BATCH_INVARIANT is set, but ToMoE's GPU kernels choose their tiles by the number of tokens, so "
+                "output depends on the batch. Unset it"
+            )
         self.config = config
         self.model = ToMoEModel(vllm_config=vllm_config, prefix=maybe_prefix(prefix, "model"))
         self.lm_head: nn.Module = PPMissingLayer()

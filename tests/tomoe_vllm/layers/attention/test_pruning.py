@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from tests.helpers.compare import assert_close, is_close
+from tests.helpers.pretended_gpu import pretended_gpu, record_synchronizations
 from tomoe_vllm.hf.tomoe_math import head_units
 
 
@@ -117,6 +118,28 @@ def test_layers_share_one_table_of_131072_positions():
     table = 131_072 * 128 * 2
     assert whole.cos_sin_cache.nbytes == table
     assert table <= stored_bytes(layers) <= table + 32 * 1024
+
+
+@pytest.mark.process  # compiles the pretended GPU on first use
+def test_selection_and_rotation_obey_the_rules_of_a_gpu():
+    from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
+
+    from tomoe_vllm.layers.attention.pruning import SelectedRotaryEmbedding, rotation_order
+
+    positions, pruned, expected, on_cpu = rotate(*CASES[3].values)
+    whole = on_cpu.whole
+    with pretended_gpu() as device:
+        with device:
+            table = RotaryEmbedding(80, 32, 256, whole.base, True, torch.float32)
+            selected = SelectedRotaryEmbedding(table, on_cpu.head_size)
+        mask = kept_dims(80, 32, CASES[3].values[2]).to(device)
+        selected.select(rotation_order(mask, 32))
+        positions, pruned = positions.to(device), pruned.to(device)
+        with record_synchronizations() as waits:
+            queries, keys = selected.forward_native(positions, pruned, pruned)
+        assert len(waits) == 0, str(waits)
+        assert_close(queries.cpu(), expected)
+        assert_close(keys.cpu(), expected)
 
 
 def test_a_table_of_a_layer_is_as_long_as_a_sequence_may_be():
