@@ -42,16 +42,26 @@ def compile_mode_of_cuda(monkeypatch, tmp_path):
 
 @pytest.fixture
 def run(tmp_path, prompts):
-    """``run(layout)``: serve a few prompts -> (whether the graph was loaded from disk, folders of stored graphs)."""
+    """``run(not_shared)``: serve a few prompts -> (class of the MLPs, whether the graph was loaded, stored graphs).
+
+    ``not_shared``: why the shared layout is unavailable, or None. The config is the same: the layout follows from the
+    machine, as it does after ``tomoe doctor`` has run.
+    """
+    from tomoe_vllm.layers.mlp import layout
+
     model = save_tiny_model(tmp_path / "model", "llama", **TWO_LAYERS)
     artifacts = tmp_path / "cache" / "torch_compile_cache" / "torch_aot_compile"
 
-    def start(layout: str) -> tuple[bool, int]:
-        options = {"enforce_eager": False, "hf_overrides": {"expert_layout": layout}}
-        with start_engine(tmp_path / "model", **options) as engine:
-            is_loaded = engine.inspect(lambda model: model.model.was_aot_compile_fn_loaded_from_disk)
-            assert max_logprob_difference(model, engine.complete(prompts[:4])) < LOGPROB_LIMIT
-        return is_loaded, len(list(artifacts.iterdir()))
+    def facts(model) -> tuple[str, bool]:
+        return type(model.model.layers[0].mlp).__name__, model.model.was_aot_compile_fn_loaded_from_disk
+
+    def start(not_shared: str | None) -> tuple[str, bool, int]:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(layout, "why_not_shared", lambda quant_config: not_shared)
+            with start_engine(tmp_path / "model", enforce_eager=False) as engine:
+                mlp, is_loaded = engine.inspect(facts)
+                assert max_logprob_difference(model, engine.complete(prompts[:4])) < LOGPROB_LIMIT
+        return mlp, is_loaded, len(list(artifacts.iterdir()))
 
     return start
 
@@ -59,10 +69,10 @@ def run(tmp_path, prompts):
 def test_layout_and_thresholds_have_graphs_of_their_own_and_equal_settings_share_one(run, monkeypatch):
     if build.compiler() is None:
         pytest.skip("no C++ compiler")
-    assert run("masked") == (False, 1)
-    assert run("shared") == (False, 2)  # as after `tomoe doctor`
+    assert run("no validation record") == ("ToMoEMaskedMLP", False, 1)
+    assert run(None) == ("ToMoESharedMLP", False, 2)  # as after `tomoe doctor`
     tuned = dispatch.Thresholds(gather_tokens=3, grouped_tokens=640, max_tokens=8192)
     with monkeypatch.context() as patch:
         patch.setattr(dispatch, "load_thresholds", lambda shape: tuned)
-        assert run("shared") == (False, 3)  # as after `tomoe tune`
-        assert run("shared") == (True, 3)
+        assert run(None) == ("ToMoESharedMLP", False, 3)  # as after `tomoe tune`
+        assert run(None) == ("ToMoESharedMLP", True, 3)
