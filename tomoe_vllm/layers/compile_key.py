@@ -54,14 +54,13 @@ def add_to_compile_key(vllm_config: VllmConfig, expert_layout: str) -> None:
 def graph_digest(vllm_config: VllmConfig, expert_layout: str) -> str:
     """Digest of all inputs of the traced graph that vLLM's own hash does not cover.
 
-    These are the layout, the thresholds of every layer, the config with its overrides (``kv_layout`` among them), the
-    implementations of our ops in this process (C++, Triton), and our sources with the versions of Triton and torch.
+    These are the layout, the thresholds of every layer, the implementations of our ops in this process (C++, Triton),
+    and our sources with the versions of Triton and torch. The config with its overrides is in vLLM's hash.
     """
     config = vllm_config.model_config.hf_config
     facts = {
         "layout": expert_layout,
         "thresholds": [repr(dispatch.load_thresholds(shape)) for shape in layer_shapes(config)],
-        "config": config.to_json_string(use_diff=False),
         "ops": {key: _registered_ops(key) for key in ("CPU", "CUDA")},
         "sources": _source_digest(),
         "kernels": dispatch.kernel_digest(),
