@@ -114,6 +114,13 @@ def test_a_child_that_cannot_start_is_started_once(run):
     assert "No module named 'no_such_module'" in results[0][2]
 
 
+def test_a_child_that_does_nothing_is_not_started_for_ever(run):
+    results = run([job("a"), job("b")], seconds=10, program=(sys.executable, "-c", ""))
+    assert results == [
+        ("a", "failed", "the process ended with exit code 0 (one.log)"), ("b", "not run", "its process cannot start"),
+    ]  # fmt: skip
+
+
 def test_a_child_may_ask_for_a_new_process(run):
     assert [status for _, status, _ in run([job("a", "new process"), job("b")])] == ["passed", "passed"]
     assert len(set(pids(run))) == 2
