@@ -1,9 +1,11 @@
-"""Compiles the Triton kernels for A100 (sm_80), H100 (sm_90) and A10/L4 (sm_86) without a GPU and inspects the result.
+"""Compiles the Triton kernels for A100, A10, L4, H100 and B200 (sm_80, 86, 89, 90, 100) without a GPU.
 
-Checked with Triton 3.9.0 for bf16 and the shapes of LLaMA-2 7B: no spilled registers, shared memory within the limit of
-the chip, weights loaded by 16-byte asynchronous copies, the tensor-core instruction, the pipeline depth.
+Checked with Triton 3.7.1, the version of GPU installs, for bf16 and the shapes of LLaMA-2 7B: no spilled registers,
+shared memory within the limit of the chip, weights loaded by 16-byte asynchronous copies, the tensor-core instruction,
+the pipeline depth.
 """
 
+import re
 from functools import cache
 
 import pytest
@@ -17,11 +19,13 @@ from tests.helpers.triton_compile import Compiled, Launch, compile_launch, recor
 from tomoe_vllm.kernels.expert_activation.triton import expert_activation_triton  # noqa: E402
 from tomoe_vllm.kernels.expert_mlp.triton.gather import GatherConfig, expert_mlp_gather  # noqa: E402
 from tomoe_vllm.kernels.expert_mlp.triton.grouped import expert_mlp_grouped, grouped_config  # noqa: E402
-from tomoe_vllm.kernels.ops import ExpertTensors  # noqa: E402
+from tomoe_vllm.kernels.ops import ExpertTensors, ValueRouter  # noqa: E402
+from tomoe_vllm.kernels.route.triton import MAX_TOKEN_PROGRAMS, TILE_K, route_triton  # noqa: E402
+from tomoe_vllm.kernels.value_mask.triton import FEW_TOKENS, MANY, mask_values_triton  # noqa: E402
 
 pytestmark = pytest.mark.process
 
-SHARED_BYTES = {80: 163 * 1024, 86: 99 * 1024, 90: 227 * 1024}
+SHARED_BYTES = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 """Maximum shared memory per block (CUDA C++ programming guide, compute capabilities)."""
 
 SHAPES = {
@@ -160,6 +164,83 @@ def test_grouped_uses_tensor_cores_16_byte_copies_and_the_configured_depth(num_t
     down_bytes = 2 * (config.down_block_n + config.block_m) * config.down_block_k
     assert up.async_copies[16] == expected_copies(32 * config.up_warps, up_bytes, config.up_stages - 1)
     assert down.async_copies[16] == expected_copies(32 * config.down_warps, down_bytes, config.down_stages - 1)
+
+
+def record_gates(
+    num_tokens, dtype=torch.bfloat16, *, hidden_size=4096, num_experts=8, rank=128, head_dim=128, width=64
+):
+    """Launches of route and mask_values, by kernel name."""
+    rank = 128
+    hidden_states = meta(num_tokens, hidden_size, dtype=dtype)
+
+    def weight(*shape):
+        return meta(*shape, dtype=torch.float32)
+
+    router = ValueRouter(weight(rank, hidden_size), weight(rank), weight(rank), weight(rank), weight(head_dim, rank))
+    with recorded_launches(pytest.MonkeyPatch()) as launches:
+        route_triton(hidden_states, weight(num_experts, hidden_size), meta(16384, dtype=torch.uint8))
+        mask_values_triton(meta(num_tokens, 32 * head_dim, dtype=dtype), hidden_states, router, width)
+    return {launch.kernel.__name__: launch for launch in launches}
+
+
+@cache
+def compiled_gates(num_tokens, arch, dtype=torch.bfloat16, **sizes) -> dict[str, Compiled]:
+    return {name: compile_launch(launch, arch) for name, launch in record_gates(num_tokens, dtype, **sizes).items()}
+
+
+@pytest.mark.parametrize("arch", SHARED_BYTES)
+@pytest.mark.parametrize("num_tokens", [1, 8192])
+def test_route_and_mask_values_fit_and_copy_16_bytes(num_tokens, arch):
+    kernels = compiled_gates(num_tokens, arch)
+    assert kernels.keys() >= {"value_down_kernel", "value_apply_kernel"}
+    assert_fits(kernels, arch)
+    for name, kernel in kernels.items():
+        assert name == "value_apply_kernel" or kernel.async_copies[16] > 0, name
+        assert name in ("value_apply_kernel", "route_token_kernel") or kernel.tensor_core == "mma", name
+
+
+@pytest.mark.parametrize(
+    ("dtype", "sizes"),
+    [
+        pytest.param(torch.float16, {}, id="float16"),
+        pytest.param(torch.float32, {"head_dim": 96}, id="float32, head_dim 96"),
+        pytest.param(torch.bfloat16, {"hidden_size": 2560, "head_dim": 80, "num_experts": 16}, id="phi-2, 16 experts"),
+        pytest.param(torch.bfloat16, {"head_dim": 256, "num_experts": 255}, id="head_dim 256, 255 experts"),
+    ],
+)
+@pytest.mark.parametrize("num_tokens", [1, 8192])
+def test_route_and_mask_values_of_other_models_fit(num_tokens, dtype, sizes):
+    assert_fits(compiled_gates(num_tokens, 80, dtype, **sizes), 80)
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+def test_products_are_summed_in_float32_outside_the_tensor_core(arch):
+    """Each step starts from zero: a sum of all D in the tensor core would be truncated D / 16 times."""
+    kernels = compiled_gates(8192, arch)
+    for name, product in (("value_down_kernel", "32x64xf32"), ("route_tile_kernel", "16x16xf32")):
+        loop = kernels[name].ttgir.split("scf.for", 1)[1].split("scf.yield", 1)[0]
+        dots = [line for line in loop.splitlines() if "tt.dot" in line]
+        assert len(dots) == 3, "high, middle and low parts of the weight"
+        assert re.search(r"tt\.dot %[\w]+, %[\w]+, %cst", dots[0]), "from zero"
+        assert re.search(rf"arith\.addf %arg\d+, .*{product}", loop), "added to the accumulator"
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+def test_pipelines_of_the_tile_kernels_have_their_depth(arch):
+    kernels = compiled_gates(8192, arch)
+    assert kernels["value_down_kernel"].steps_ahead(MANY.block_t, MANY.block_k) == MANY.stages - 1
+    assert kernels["route_tile_kernel"].steps_ahead(16, TILE_K) == 3
+
+
+@pytest.mark.parametrize("counts", [(1, 2, 16, FEW_TOKENS), (FEW_TOKENS + 1, 128, 256), (MAX_TOKEN_PROGRAMS + 1, 8192)])
+def test_one_binary_of_the_gates_serves_every_number_of_tokens_and_width(counts):
+    cases = [(n, w) for n in counts for w in (1, 63, 64)]
+    first, *others = ({n: specialization(k) for n, k in record_gates(m, width=w).items()} for m, w in cases)
+    assert all(other == first for other in others)
+
+
+def test_launching_the_gates_reads_nothing_from_the_device():
+    assert len(record_gates(1)) == 3  # on meta tensors a host sync would raise
 
 
 @triton.jit

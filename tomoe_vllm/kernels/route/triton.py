@@ -26,7 +26,7 @@ MAX_TOKEN_PROGRAMS = 256
 BLOCK_ELEMENTS = 4096
 """Experts x dims of a step of route_token_kernel: 16 KB of weights, four steps in flight."""
 
-TILE_TOKENS, TILE_K = 16, 128
+TILE_TOKENS, TILE_K = 16, 64
 
 
 @triton.jit
@@ -159,7 +159,7 @@ def route_triton(hidden_states: Tensor, router_weight: Tensor, record: Tensor | 
             BLOCK_T=TILE_TOKENS,
             BLOCK_N=max(16, block_n),
             BLOCK_K=TILE_K if block_n <= 32 else 32,
-            STAGES=3,
+            STAGES=4 if block_n <= 32 else 3,
             num_warps=4 if block_n <= 32 else 8,
             enable_fp_fusion=True,
         )

@@ -51,8 +51,8 @@ class DownConfig:
 
 FEW_TOKENS = 64
 FEW = DownConfig(block_t=16, block_r=16, block_k=64, stages=5, warps=4)
-"""Up to FEW_TOKENS tokens: 8 row tiles x 16 slices for R = 128, and D = 4,096 is two steps of each program."""
-MANY = DownConfig(block_t=64, block_r=32, block_k=64, stages=4, warps=4)
+"""Up to FEW_TOKENS tokens: 8 row tiles x 16 slices for R = 128. A slice of D = 4,096 is four steps, all under way."""
+MANY = DownConfig(block_t=64, block_r=32, block_k=32, stages=5, warps=4)
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
@@ -223,7 +223,8 @@ def mask_values_triton(attention: Tensor, hidden_states: Tensor, router: ValueRo
         width,
         MAX_SPLITS=MAX_SPLITS,
         BLOCK_R=block_r,
-        CHUNK_R=min(block_r, max(16, UP_ELEMENTS // block_a)),
+        # A head_dim of 256 needs the registers for its comparisons.
+        CHUNK_R=min(block_r, max(16, UP_ELEMENTS // (block_a if block_a <= 128 else 4 * block_a))),
         BLOCK_A=block_a,
         BLOCK_H=min(triton.next_power_of_2(num_heads), max(1, HEAD_ELEMENTS // block_a)),
         num_warps=8,
