@@ -1,112 +1,12 @@
-"""Training text: templates, packing and a stateless order."""
+"""Training text: packing and a stateless order."""
 
-import json
 from collections import Counter
 
 import pytest
 import torch
-from tomoe_training.data import InterleavedBlocks, alpaca_text, load_documents, micro_batches, pack, sample_from_model
+from tomoe_training.data import InterleavedBlocks, micro_batches, pack, sample_from_model
 
 from tests.helpers.dense_models import BOS, EOS, UNKNOWN, dense_model, word_tokenizer
-
-
-def _write_jsonl(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
-
-
-# ------------------------------------------------------------------------------------------ sources
-def test_alpaca_template_with_input():
-    row = {"instruction": "Add them. ", "input": "2 and 3", "output": " 5"}
-    assert alpaca_text(row) == (
-        "Below is an instruction that describes a task, paired with an input that provides further context. "
-        "Write a response that appropriately completes the request.\n\n"
-        "### Instruction:\nAdd them.\n\n### Input:\n2 and 3\n\n### Response:\n5"
-    )
-
-
-@pytest.mark.parametrize("row", [{"input": ""}, {"input": "  "}, {"input": None}, {}])
-def test_alpaca_template_without_input(row):
-    assert alpaca_text({"instruction": "Say {hi}.", "output": "Hi"} | row) == (
-        "Below is an instruction that describes a task. Write a response that appropriately completes the request."
-        "\n\n### Instruction:\nSay {hi}.\n\n### Response:\nHi"
-    )
-
-
-def test_text_file_is_one_document(tmp_path):
-    file = tmp_path / "a.txt"
-    file.write_text("w0 w1\n\nw2\n")
-    assert load_documents(str(file))["text"] == ["w0 w1\n\nw2\n"]
-
-
-def test_jsonl_text_column_is_taken_and_others_dropped(tmp_path):
-    file = _write_jsonl(tmp_path / "a.jsonl", [{"text": "w0", "n": 1}, {"text": "w1", "n": 2}])
-    documents = load_documents(file)
-    assert documents.column_names == ["text"]
-    assert documents["text"] == ["w0", "w1"]
-
-
-def test_instruction_rows_become_alpaca_text(tmp_path):
-    rows = [{"instruction": "a", "input": "b", "output": "c"}, {"instruction": "d", "input": "", "output": "e"}]
-    documents = load_documents(_write_jsonl(tmp_path / "a.jsonl", rows))
-    assert documents["text"] == [alpaca_text(row) for row in rows]
-
-
-def test_named_column_goes_over_the_default(tmp_path):
-    file = _write_jsonl(tmp_path / "a.jsonl", [{"text": "no", "body": "yes"}])
-    assert load_documents(file, "body")["text"] == ["yes"]
-
-
-def test_parquet_file_is_read(tmp_path):
-    import datasets
-
-    datasets.Dataset.from_dict({"text": ["w0", "w1"]}).to_parquet(tmp_path / "a.parquet")
-    assert load_documents(str(tmp_path / "a.parquet"))["text"] == ["w0", "w1"]
-
-
-def test_data_set_of_the_hub_or_of_a_folder_is_taken_by_name(tmp_path):
-    _write_jsonl(tmp_path / "train.jsonl", [{"text": "w0"}, {"text": "w1"}])
-    _write_jsonl(tmp_path / "test.jsonl", [{"text": "never trained on"}])
-    assert load_documents(f"hf:{tmp_path}")["text"] == ["w0", "w1"]
-
-
-def test_wrong_column_error_lists_the_columns(tmp_path):
-    file = _write_jsonl(tmp_path / "a.jsonl", [{"body": "x", "title": "y"}])
-    with pytest.raises(ValueError, match=r"no column 'story'; it has: body, title\. Use --text-column"):
-        load_documents(file, "story")
-    with pytest.raises(ValueError, match="no 'text' column"):
-        load_documents(file)
-
-
-def test_missing_file_is_named():
-    with pytest.raises(FileNotFoundError, match=r"no such data file: /nowhere/x\.jsonl"):
-        load_documents("/nowhere/x.jsonl")
-
-
-@pytest.mark.parametrize("source", ["notes.docx", "wikitex", "some_folder"])
-def test_unknown_source_error_lists_the_sources(source):
-    with pytest.raises(ValueError, match=rf"unknown data source '{source}'.*\.jsonl.*alpaca.*self"):
-        load_documents(source)
-
-
-def test_binary_text_file_is_named(tmp_path):
-    (tmp_path / "a.txt").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(ValueError, match=r"a\.txt is not UTF-8 text"):
-        load_documents(str(tmp_path / "a.txt"))
-
-
-def test_damaged_jsonl_is_named(tmp_path):
-    file = tmp_path / "a.jsonl"
-    file.write_text('{"text": "w0"}\n{"text": \n')
-    with pytest.raises(ValueError, match=r"a\.jsonl cannot be read as jsonl"):
-        load_documents(str(file))
-
-
-def test_empty_jsonl_is_named(tmp_path):
-    file = tmp_path / "a.jsonl"
-    file.write_text("")
-    with pytest.raises(ValueError, match=r"a\.jsonl cannot be read as jsonl: it holds no rows"):
-        load_documents(str(file))
 
 
 # ------------------------------------------------------------------------------------------ packing
@@ -141,7 +41,7 @@ def test_unknown_words_become_the_unknown_token():
 
 @pytest.mark.parametrize("texts", [["w0 w1"], [""], []])
 def test_source_shorter_than_one_block_is_an_error(texts):
-    with pytest.raises(ValueError, match="shorter than one block of 16 tokens; lower sequence_length"):
+    with pytest.raises(ValueError, match=r"the source is shorter than one block of 16 tokens \(it has \d\); lower"):
         _packed(texts, 16)
 
 

@@ -1,8 +1,4 @@
-"""Training text: sources, packing and a stateless order.
-
-A source is a local file (.txt, .jsonl, .json, .parquet), a preset of the paper (``wikitext``, ``alpaca``,
-``code_alpaca``), any Hugging Face set (``hf:PATH[:CONFIG]``), or ``self``: text sampled from the dense
-model, so that a model can be converted with no data at all.
+"""Training text: packing of documents, and a stateless order.
 
 Documents are tokenized with the tokenizer's default special tokens (BOS if the family has one), ended by EOS,
 joined and cut into blocks of ``sequence_length``. An incomplete last block is dropped. Attention crosses
@@ -13,90 +9,18 @@ Sources are interleaved, one block each (1:1:1). The tokens of a block are a pur
 number, so the position of a run in its data is its step.
 """
 
-import json
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from tomoe_training.seeds import Stream, generator
 
-PRESETS = {
-    "wikitext": ("Salesforce/wikitext", "wikitext-103-raw-v1"),
-    "alpaca": ("tatsu-lab/alpaca", None),
-    "code_alpaca": ("sahil2801/CodeAlpaca-20k", None),
-}
-FILE_LOADERS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
-TEXT_COLUMN = "text"
-INSTRUCTION_COLUMNS = ("instruction", "output")
 
-_PREAMBLE = "Below is an instruction that describes a task"
-_WITH_INPUT = (
-    f"{_PREAMBLE}, paired with an input that provides further context. Write a response that appropriately "
-    "completes the request.\n\n### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n{output}"
-)
-_WITHOUT_INPUT = (
-    f"{_PREAMBLE}. Write a response that appropriately completes the request.\n\n"
-    "### Instruction:\n{instruction}\n\n### Response:\n{output}"
-)
+def pack(documents, tokenizer, sequence_length: int, source: str = "the source"):
+    """Blocks of the tokenized documents of ``source``: a ``datasets.Dataset`` of ``input_ids`` [sequence_length].
 
-
-def alpaca_text(row: dict) -> str:
-    """An instruction row in the Alpaca template; without the input section if ``input`` is empty."""
-    fields = {name: (row.get(name) or "").strip() for name in ("instruction", "input", "output")}
-    return (_WITH_INPUT if fields["input"] else _WITHOUT_INPUT).format(**fields)
-
-
-def load_documents(source: str, text_column: str | None = None):
-    """A source as a ``datasets.Dataset`` with one column ``text`` and one document per row.
-
-    A .txt file is one document. Raises ``FileNotFoundError``, or ``ValueError`` for an unreadable file and for
-    one with neither a text column nor an instruction format.
-    """
-    import datasets
-
-    datasets.disable_progress_bars()
-    path = Path(source)
-    if source in PRESETS or source.startswith("hf:"):
-        name, config = PRESETS.get(source) or [*source.removeprefix("hf:").split(":", 1), None][:2]
-        rows = datasets.load_dataset(name, config, split="train")
-    elif path.suffix not in FILE_LOADERS:
-        raise ValueError(
-            f"unknown data source {source!r}: give a {', '.join(FILE_LOADERS)} file, one of "
-            f"{', '.join(PRESETS)}, hf:NAME[:CONFIG], or self"
-        )
-    elif not path.is_file():
-        raise FileNotFoundError(f"no such data file: {source}")
-    elif path.suffix == ".txt":
-        try:
-            return datasets.Dataset.from_dict({"text": [path.read_text(encoding="utf-8")]})
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{source} is not UTF-8 text: {error}") from error
-    else:
-        try:
-            rows = datasets.load_dataset(FILE_LOADERS[path.suffix], data_files=str(path), split="train")
-        except (datasets.exceptions.DatasetGenerationError, json.JSONDecodeError, StopIteration) as error:
-            reason = error.__cause__ or str(error) or "it holds no rows"  # StopIteration: an empty file
-            raise ValueError(f"{source} cannot be read as {path.suffix[1:]}: {reason}") from error
-    columns = rows.column_names
-    column = text_column or (TEXT_COLUMN if TEXT_COLUMN in columns else None)
-    if column is None and all(name in columns for name in INSTRUCTION_COLUMNS):
-        return rows.map(lambda row: {"text": alpaca_text(row)}, remove_columns=columns)
-    if column not in columns:
-        wanted = f"column {column!r}" if column else "'text' column, nor instruction and output columns"
-        raise ValueError(f"{source} has no {wanted}; it has: {', '.join(columns)}. Use --text-column")
-    return (
-        rows.select_columns([column]).rename_column(column, "text")
-        if column != "text"
-        else rows.select_columns(["text"])
-    )
-
-
-def pack(documents, tokenizer, sequence_length: int):
-    """Blocks of tokenized documents: a ``datasets.Dataset`` of ``input_ids`` [sequence_length].
-
-    Raises ``ValueError`` if the source is shorter than one block.
+    Raises ``ValueError`` if it is shorter than one block.
     """
     eos = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
 
@@ -117,7 +41,11 @@ def pack(documents, tokenizer, sequence_length: int):
     # One incomplete block is dropped per batch: a large batch loses little text.
     packed = tokens.map(blocks, batched=True, batch_size=10_000)
     if len(packed) == 0:
-        raise ValueError(f"the source is shorter than one block of {sequence_length} tokens; lower sequence_length")
+        found = sum(map(len, tokens["input_ids"])) if len(tokens) else 0
+        raise ValueError(
+            f"{source} is shorter than one block of {sequence_length} tokens (it has {found}); lower sequence_length"
+            " or give more text"
+        )
     return packed.with_format("torch")
 
 

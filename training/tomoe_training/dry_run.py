@@ -10,6 +10,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from tomoe_training.artifacts.model_check import load_base_config, model_tensors
 from tomoe_training.artifacts.tokenizer_files import check_vocabulary, load_tokenizer
 from tomoe_training.config import RunConfig
+from tomoe_training.documents import check_source
 from tomoe_training.method.student import Student
 from tomoe_vllm.hf.configuration_tomoe import base_model_type, block_shape
 
@@ -46,7 +47,10 @@ def _base_config(run: RunConfig):
             raise FileNotFoundError(f"{run.base or 'the base'} does not exist, and the run has no `architecture`")
         config = load_base_config(base)
         model_tensors(base, config, warns=True)
-        check_vocabulary(load_tokenizer(base, warns=True), config.vocab_size, base)
+        tokenizer = load_tokenizer(base, warns=True)
+        check_vocabulary(tokenizer, config.vocab_size, base)
+        for source in run.data:
+            check_source(source, run.text_column, tokenizer)
         return config
     fields = dict(run.architecture)
     model_type = fields.pop("model_type", "")

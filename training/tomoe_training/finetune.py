@@ -41,7 +41,8 @@ from tomoe_training.artifacts.safetensors_io import (
 from tomoe_training.artifacts.tokenizer_files import load_tokenizer
 from tomoe_training.base_model import use_causal_attention
 from tomoe_training.config import LEARNING_RATES, FinetuneConfig
-from tomoe_training.data import InterleavedBlocks, load_documents, pack
+from tomoe_training.data import InterleavedBlocks, pack
+from tomoe_training.documents import load_documents
 from tomoe_training.dtypes import default_device, has_fast_bfloat16, to_device
 from tomoe_training.evaluation.perplexity import load_model
 from tomoe_training.method.losses import language_model_loss
@@ -67,8 +68,10 @@ def finetune(checkpoint: Path, config: FinetuneConfig, out: Path) -> dict[str, A
     tensors = stored_tensors(checkpoint)
     with atomic_folder(out) as folder:  # first: an existing folder is refused before training
         tokenizer = load_tokenizer(checkpoint)
-        sources = [load_documents(source, config.text_column) for source in config.data]
-        packed = [pack(documents, tokenizer, config.sequence_length) for documents in sources]
+        packed = [
+            pack(load_documents(source, config.text_column, tokenizer), tokenizer, config.sequence_length, source)
+            for source in config.data
+        ]
         device = default_device()
         # Full weights need float32 masters: a step of 2e-5 is below the precision of bfloat16.
         is_half = config.method == "lora" and has_fast_bfloat16(device)
@@ -219,6 +222,8 @@ def _write_other_files(checkpoint: Path, facts: dict, folder: Path) -> None:
     for file in checkpoint.iterdir():
         if file.is_file() and file.suffix != ".safetensors":
             shutil.copyfile(file, folder / file.name)
+        elif file.name == "additional_chat_templates":
+            shutil.copytree(file, folder / file.name)
     card = folder / "README.md"
     text = card.read_text() if card.is_file() else "# ToMoE checkpoint\n"
     card.write_text(fine_tuned_card(text, facts))

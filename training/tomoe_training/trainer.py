@@ -30,7 +30,8 @@ from tomoe_training.artifacts.training_state import check_state
 from tomoe_training.base_model import load_base, use_causal_attention
 from tomoe_training.budget import Widths
 from tomoe_training.config import RunConfig
-from tomoe_training.data import InterleavedBlocks, load_documents, micro_batches, pack, sample_from_model
+from tomoe_training.data import InterleavedBlocks, micro_batches, pack, sample_from_model
+from tomoe_training.documents import check_source, load_documents
 from tomoe_training.dtypes import to_device, training_dtype
 from tomoe_training.method.relaxation import NoiseSource
 from tomoe_training.method.student import Student
@@ -85,6 +86,8 @@ class _Run:
         model_tensors(self.base_folder, base_config, warns=True)
         self.tokenizer = load_tokenizer(self.base_folder, warns=True)
         check_vocabulary(self.tokenizer, base_config.vocab_size, self.base_folder)
+        for source in config.data:
+            check_source(source, config.text_column, self.tokenizer)
         # The gates' buffers (running quantiles) change every step, equally on all ranks.
         self.accelerator = Accelerator(
             kwargs_handlers=[
@@ -146,10 +149,11 @@ class _Run:
             with self.accelerator.main_process_first():
                 if source == "self":
                     self._sample_text()
-                documents = load_documents(
-                    str(self.files.self_text) if source == "self" else source, config.text_column
-                )
-                sources.append(pack(documents, self.tokenizer, config.sequence_length))
+                if source == "self":
+                    documents = load_documents(str(self.files.self_text))
+                else:
+                    documents = load_documents(source, config.text_column, self.tokenizer)
+                sources.append(pack(documents, self.tokenizer, config.sequence_length, source))
         return InterleavedBlocks(sources, config.seed)
 
     def _sample_text(self) -> None:

@@ -21,7 +21,8 @@ from tomoe_training.artifacts.model_check import load_base_config, model_tensors
 from tomoe_training.artifacts.provenance import provenance
 from tomoe_training.artifacts.tokenizer_files import load_tokenizer
 from tomoe_training.config import RunConfig, load_run_config
-from tomoe_training.data import InterleavedBlocks, load_documents, pack
+from tomoe_training.data import InterleavedBlocks, pack
+from tomoe_training.documents import load_documents
 from tomoe_training.dtypes import default_device
 from tomoe_training.evaluation.baselines.cmoe import cmoe
 from tomoe_training.evaluation.baselines.magnitude import magnitude, magnitude_mlp
@@ -94,8 +95,11 @@ def compare(
     _check_options(config, adapter, block_size, out)
     tokenizer = load_tokenizer(base_folder)
     test_blocks = text_blocks(tokenizer, content, block_size, max_blocks)
-    documents = [load_documents(source, config.text_column) for source in config.data]
-    blocks = InterleavedBlocks([pack(d, tokenizer, config.sequence_length) for d in documents], config.seed)
+    packed = [
+        pack(load_documents(source, config.text_column, tokenizer), tokenizer, config.sequence_length, source)
+        for source in config.data
+    ]
+    blocks = InterleavedBlocks(packed, config.seed)
     base = load_model(base_folder).requires_grad_(False).to(default_device())
     console = Console(stderr=True)
 
