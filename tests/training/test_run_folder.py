@@ -35,6 +35,21 @@ def test_folder_is_of_one_run(started):
         started.check(RunConfig(seed=1))
 
 
+def test_base_may_be_written_in_another_way(tmp_path, monkeypatch):
+    """A trailing slash, a relative path, "." and a link are the same folder."""
+    base = tmp_path / "base"
+    base.mkdir()
+    (tmp_path / "link").symlink_to(base)
+    files = RunFolder(tmp_path / "out")
+    files.create(RunConfig(base=str(base)))
+    files.metrics.write_text("")
+    monkeypatch.chdir(base)
+    for path in (f"{base}/", ".", "../base", "../link"):
+        files.check(RunConfig(base=path))
+    with pytest.raises(ValueError, match=r"belongs to another run \(base: "):
+        files.check(RunConfig(base=str(tmp_path)))
+
+
 def test_run_that_made_no_step_may_be_corrected(tmp_path):
     files = RunFolder(tmp_path / "out")
     files.create(RunConfig(data=["misspelt.txt"]))
@@ -62,11 +77,11 @@ def test_metrics_are_rounded_and_incomplete_lines_dropped(started):
 
 
 def test_checkpoint_of_another_base_is_refused(started):
-    assert started.load_checkpoint("sha256:a", CPU) is None
+    assert started.load_checkpoint("sha256:a", CPU, None) is None
     started.save_checkpoint({"step": 2, "base_hash": "sha256:a"})
-    assert started.load_checkpoint("sha256:a", CPU)["step"] == 2
+    assert started.load_checkpoint("sha256:a", CPU, None)["step"] == 2
     with pytest.raises(ValueError, match="was written for another base model"):
-        started.load_checkpoint("sha256:b", CPU)
+        started.load_checkpoint("sha256:b", CPU, None)
 
 
 def test_finished_run_has_a_summary(started):

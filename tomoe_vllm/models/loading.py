@@ -14,6 +14,9 @@ from tomoe_vllm.compat.reload import is_reloading, restore_layers
 TIED_HEAD = "lm_head.weight"
 """Optional in a checkpoint with tied embeddings. vLLM's loader skips it there."""
 
+ROTARY_BUFFERS = ("rotary_emb.inv_freq", "rotary_emb.cos_cached", "rotary_emb.sin_cached")
+"""Buffers in old LLaMA checkpoints. vLLM's loader drops them, too."""
+
 MASKS = (".signature", ".query_key_dims", ".value_dims")
 """Tensors that a reload may leave out, all of them together: fine-tuning does not change them."""
 
@@ -104,6 +107,8 @@ class StrictLoader:
 
         def checked() -> Iterator[tuple[str, Tensor]]:
             for name, tensor in weights:
+                if name.endswith(ROTARY_BUFFERS):
+                    continue
                 if name in self._seen:
                     raise ValueError(f"the checkpoint holds {name} twice")
                 is_known = name in self.expected or (self.is_tied and name == TIED_HEAD)

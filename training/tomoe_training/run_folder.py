@@ -5,6 +5,7 @@
 
 import contextlib
 import json
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,8 @@ class RunFolder:
             mine = settings_of_result(config)
             stored = {k: v for k, v in yaml.safe_load(self.config.read_text()).items() if k not in MAY_CHANGE}
             differing = sorted(k for k in mine.keys() | stored.keys() if mine.get(k) != stored.get(k))
+            if "base" in differing and os.path.realpath(mine["base"]) == os.path.realpath(str(stored.get("base"))):
+                differing.remove("base")  # another way to write the same folder
             if differing:
                 k = differing[0]
                 raise ValueError(

@@ -3,6 +3,7 @@
 from typing import get_args
 
 import pytest
+import torch
 from torch import nn
 
 
@@ -34,3 +35,20 @@ def test_an_unknown_format_that_loads_no_tensor_is_refused():
     with pytest.raises(ValueError, match=r"--load-format custom did not load"):
         loader.finish()
     assert not StrictLoader(nn.Linear(2, 2), load_format="dummy", why_not_reloadable=None, **options).finish()
+
+
+@pytest.mark.parametrize("name", ["inv_freq", "cos_cached", "sin_cached"])
+def test_rotary_buffers_of_old_checkpoints_are_ignored_as_by_vllm(name):
+    from vllm.model_executor.models.utils import WeightsMapper
+
+    from tomoe_vllm.models.loading import StrictLoader
+
+    options = {"mapper": WeightsMapper(), "packed_modules": {}, "is_tied": False, "is_quantized": False}
+    loader = StrictLoader(nn.Linear(2, 2), load_format="auto", why_not_reloadable=None, **options)
+    weights = {"weight": torch.ones(2, 2), "bias": torch.ones(2)}
+    buffer = {f"model.layers.0.self_attn.rotary_emb.{name}": torch.ones(4)}
+    assert loader.load((weights | buffer).items()) == {"weight", "bias"}
+    with pytest.raises(ValueError, match="holds unused 1 tensor"):
+        StrictLoader(nn.Linear(2, 2), load_format="auto", why_not_reloadable=None, **options).load(
+            (weights | {"model.other": torch.ones(4)}).items()
+        )

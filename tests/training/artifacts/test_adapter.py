@@ -90,3 +90,9 @@ def test_missing_tensor_is_named(saved, name):
     save_file(tensors, saved / ADAPTER_TENSORS)
     with pytest.raises(ValueError, match=f"lacks the tensor layers.1.{name}"):
         Adapter.load(saved)
+
+
+def test_peft_adapter_is_told_so(tmp_path):
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 8}')
+    with pytest.raises(ValueError, match="is a PEFT adapter, not one of tomoe train; merge it"):
+        Adapter.load(tmp_path)

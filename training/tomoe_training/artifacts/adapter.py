@@ -93,7 +93,12 @@ class Adapter:
         if not config_file.is_file():
             raise FileNotFoundError(f"{folder} is not an adapter: it has no {ADAPTER_CONFIG}")
         try:
-            config = AdapterConfig(**json.loads(config_file.read_text()))
+            fields = json.loads(config_file.read_text())
+            if "peft_type" in fields:
+                raise ValueError(
+                    f"{folder} is a PEFT adapter, not one of tomoe train; merge it into its model: that is a --base"
+                )
+            config = AdapterConfig(**fields)
         except (TypeError, json.JSONDecodeError) as error:
             raise ValueError(f"{config_file} is damaged: {error}") from error
         if config.format_version != FORMAT_VERSION:
