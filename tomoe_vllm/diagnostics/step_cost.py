@@ -28,8 +28,8 @@ DENSE_LAUNCHES = 10
 """Kernels of a dense layer: norm, QKV, rotary embedding, cache write, attention, output projection, norm, gate and up,
 activation, down."""
 EXTRA_LAUNCHES = {"masked": 2, "shared": 2, "fused": 7}
-"""Launches of a layer beyond those, without the value mask. masked and shared: ``route``, and the padding of removed Q/K
-dims, counted also where none are (benchmarks/launches.py counts both); gather and grouped launch three kernels, as
+"""Launches of a layer beyond those, without the value mask. masked and shared: ``route``, and the padding of removed
+Q/K dims, counted also where none are (benchmarks/launches.py counts both); gather and grouped launch three kernels, as
 dense does. fused, not counted by a tool: a cast, the router's GEMM, top-k, sorting the tokens (2), the sum of the
 experts, and the padding."""
 VALUE_MASK_LAUNCHES = 2
