@@ -102,6 +102,15 @@ def test_loaded_weights_are_protected(tmp_path):
     save_tiny_model(tmp_path, "llama")
     with start_engine(tmp_path) as engine:
         before = tokens(engine)
+
+        def update_nothing(model) -> None:  # the neurons are in their order already
+            from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+
+            initialize_layerwise_reload(model)
+            finalize_layerwise_reload(model, engine.llm.llm_engine.model_config)
+
+        engine.inspect(update_nothing)
+        assert tokens(engine) == before
         with pytest.raises(ValueError, match=r"already loaded, .* Use reload_weights"):
             engine.inspect(lambda model: model.load_weights(weights(tmp_path).items()))
         with pytest.raises(ValueError, match=r"sharded state .* Copy the exported checkpoint instead"):
