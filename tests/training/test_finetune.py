@@ -277,7 +277,7 @@ def test_command_ends_with_one_json_line(run_cli, checkpoint, text_file, tmp_pat
         ({"--method": "qlora"}, "'qlora' is not one of 'lora', 'full'"),
         ({"--rank": 0}, "rank is 0; it must be at least 1"),
         ({"--learning-rate": -1}, "learning_rate is -1.0; it must be greater than 0"),
-        ({"--sequence-length": 100_000}, "the source is shorter than one block of 100000 tokens"),
+        ({"--sequence-length": 100_000}, "is shorter than one block of 100000 tokens"),
         ({"--data": "/nowhere.txt"}, "no such data file: /nowhere.txt"),
     ],
 )
