@@ -50,12 +50,8 @@ from vllm.distributed import init_distributed_environment, initialize_model_para
 from vllm.model_executor.custom_op import CustomOp
 from vllm.model_executor.layers.activation import get_act_fn
 from vllm.model_executor.layers.attention import Attention
-from vllm.model_executor.layers.linear import (
-    ColumnParallelLinear,
-    QKVParallelLinear,
-    RowParallelLinear,
-    UnquantizedLinearMethod,
-)
+from vllm.model_executor.layers.linear import ColumnParallelLinear, QKVParallelLinear, RowParallelLinear
+from vllm.model_executor.layers.linear import UnquantizedLinearMethod as LinearMethod
 from vllm.model_executor.layers.rotary_embedding import get_rope
 from vllm.model_executor.models.llama import LlamaModel
 from vllm.platforms import current_platform
@@ -73,7 +69,6 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 """LLaMA-2 7B and Phi-2."""
 COMMON = {"num_hidden_layers": 2, "num_attention_heads": 32, "vocab_size": 256, "max_position_embeddings": 2048}
-
 # Registers a device guard for CUDA that does nothing: without one, torch's CPU build refuses to index a fake tensor.
 DEVICE_GUARD = """
 #include <c10/core/impl/DeviceGuardImplInterface.h>
@@ -97,24 +92,15 @@ def load_device_guard() -> None:
 
 
 class GeneratedError(Exception):
-    """Carries the generated program out of inductor before it would compile kernels."""
+    """Carries the generated program out of inductor, which would compile its kernels next."""
 
 
 def pretend_gpu(is_combined: bool) -> None:
     """Let vLLM's layers and inductor take this process for one with an H100."""
     load_device_guard()
-    properties = SimpleNamespace(
-        name="H100",
-        gcnArchName="",
-        major=9,
-        minor=0,
-        multi_processor_count=132,
-        warp_size=32,
-        max_threads_per_multi_processor=2048,
-        regs_per_multiprocessor=65536,
-        shared_memory_per_block_optin=232448,
-        total_memory=80 * 2**30,
-    )
+    memory = {"regs_per_multiprocessor": 65536, "shared_memory_per_block_optin": 232448, "total_memory": 80 * 2**30}
+    threads = {"multi_processor_count": 132, "warp_size": 32, "max_threads_per_multi_processor": 2048}
+    properties = SimpleNamespace(name="H100", gcnArchName="", major=9, minor=0, **memory, **threads)
     interface = device_interface.CudaInterface
     interface.Worker.get_device_properties = staticmethod(lambda device=None: properties)
     interface.get_device_properties = staticmethod(lambda device=None: properties)
@@ -243,8 +229,10 @@ def make_model(family: str, kind: str) -> tuple[nn.Module, VllmConfig]:
             model = LlamaModel(vllm_config=made) if family == "llama" else DensePhi(config)
         for module in model.modules():
             method = getattr(module, "quant_method", None)
-            if isinstance(method, UnquantizedLinearMethod):
+            if isinstance(method, LinearMethod):
                 method.process_weights_after_loading(module)
+                if getattr(method, "bias", None) is not None:  # the pruned bias: a tensor that no module holds
+                    module.bias, method.apply = nn.Parameter(method.bias), LinearMethod.apply.__get__(method)
             if isinstance(module, CustomOp):
                 module._forward_method = module.forward_native
             if isinstance(module, Attention):  # as FLASH_ATTN; the backend chosen here is the CPU's
@@ -370,8 +358,7 @@ def float32_copies(program: str, hidden_size: int) -> int:
 
 
 def count(family: str, kind: str) -> dict:
-    model, config = make_model(family, kind)
-    program, attention = layer_programs(model, config)
+    program, attention = layer_programs(*make_model(family, kind))
     names = launches(program, op_launches(family)) + attention
     copies = float32_copies(program, SHAPES[family]["hidden_size"])
     return {"family": family, "kind": kind, "launches": len(names), "float32_copies": copies, "names": names}
