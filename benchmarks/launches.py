@@ -10,9 +10,8 @@ whether to combine independent kernels into one (``combo_kernels``, vLLM's defau
 (``--separate`` counts them one by one). The launches of attention and of the KV cache are inside vLLM's two ops, the
 same on both sides, and count as one each. cuBLAS may split a GEMM into two launches, on both sides.
 
-The last line is JSON. vLLM has no Phi of its own (it runs it through Transformers), so the dense Phi is built here from
-vLLM's layers. Needs g++ (or CXX).
-"""
+The last line is JSON. vLLM has no Phi of its own (it runs it through Transformers): the dense Phi is made of its layers.
+Needs g++ (or CXX)."""
 
 import argparse
 import ctypes
@@ -359,9 +358,9 @@ def float32_copies(program: str, hidden_size: int) -> int:
 
 def count(family: str, kind: str) -> dict:
     program, attention = layer_programs(*make_model(family, kind))
-    names = launches(program, op_launches(family)) + attention
-    copies = float32_copies(program, SHAPES[family]["hidden_size"])
-    return {"family": family, "kind": kind, "launches": len(names), "float32_copies": copies, "names": names}
+    names, size = launches(program, op_launches(family)) + attention, SHAPES[family]["hidden_size"]
+    counts = {"launches": len(names), "float32_copies": float32_copies(program, size)}
+    return {"family": family, "kind": kind, "names": names, **counts}
 
 
 def start(is_combined: bool) -> None:
