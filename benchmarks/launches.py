@@ -10,7 +10,7 @@ whether to combine independent kernels into one (``combo_kernels``, vLLM's defau
 (``--separate`` counts them one by one). The launches of attention and of the KV cache are inside vLLM's two ops, the
 same on both sides, and count as one each. cuBLAS may split a GEMM into two launches, on both sides.
 
-The last line is JSON. vLLM has no Phi of its own (it runs it through Transformers): the dense Phi is made of its layers.
+The last line is JSON. vLLM has no Phi of its own (it runs it through Transformers): dense Phi is made of its layers.
 Needs g++ (or CXX)."""
 
 import argparse
