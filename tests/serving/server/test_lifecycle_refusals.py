@@ -56,7 +56,7 @@ def test_tensor_of_the_wrong_shape_is_refused(run_cli, broken):
     config = broken / "config.json"
     fields = json.loads(config.read_text())
     config.write_text(json.dumps(fields | {"vocab_size": fields["vocab_size"] + 1}))
-    assert "its config says" in _refusal(run_cli, broken)
+    assert "its config.json says" in _refusal(run_cli, broken)
 
 
 def test_unknown_flag_is_refused(run_cli, served_model):

@@ -270,7 +270,7 @@ def test_tensor_missing_in_the_checkpoint(name, export, run_cli, tmp_path):
     tensors = load_file(file)
     del tensors[f"model.layers.1.{name}"]
     save_file(tensors, file)
-    assert_one_line(run_cli("inspect", tmp_path / "out"), f"lacks the tensor model.layers.1.{name} (1 in all)")
+    assert_one_line(run_cli("inspect", tmp_path / "out"), f"lacks the tensor model.layers.1.{name} of its config.json")
 
 
 @pytest.mark.parametrize("damage", [_truncate, _flip_header, os.unlink])

@@ -3,7 +3,8 @@
 import pytest
 import torch
 from tomoe_training.config import RunConfig
-from tomoe_training.data import InterleavedBlocks, load_documents, pack
+from tomoe_training.data import InterleavedBlocks, pack
+from tomoe_training.documents import load_documents
 from tomoe_training.evaluation.baselines.setup import BaselineSetup
 
 from tests.helpers.dense_models import dense_model, word_tokenizer
