@@ -57,8 +57,8 @@ def _check_route(num_tokens: int, hidden_size: int, num_experts: int, dtype: tor
     from tomoe_vllm.kernels.route.triton import route_triton
 
     generator = torch.Generator().manual_seed(0)
-    hidden_states = torch.randn(num_tokens, hidden_size, generator=generator).to(dtype)
-    weight = torch.randn(num_experts, hidden_size, generator=generator) / hidden_size**0.5
+    hidden_states = _randn(num_tokens, hidden_size, generator=generator).to(dtype)
+    weight = _randn(num_experts, hidden_size, generator=generator) / hidden_size**0.5
     record = torch.full((num_tokens + 1,), 255, dtype=torch.uint8, device=device) if num_experts <= 255 else None
     actual = route_triton(hidden_states.to(device), weight.to(device), record).cpu()
     logits = (hidden_states.float() @ weight.T).sort(dim=1, descending=True).values
@@ -83,7 +83,7 @@ def _check_value_mask(
     generator = torch.Generator().manual_seed(0)
 
     def randn(*size: int) -> Tensor:
-        return torch.randn(*size, generator=generator)
+        return _randn(*size, generator=generator)
 
     hidden_states, attention = randn(num_tokens, hidden_size).to(dtype), randn(num_tokens, num_heads * head_dim)
     attention = attention.to(dtype)
@@ -101,6 +101,11 @@ def _check_value_mask(
     if width < head_dim:
         is_clear = logits[:, width - 1] - logits[:, width] > NEAR_TIE
     _require_equal(actual, mask_values_reference(attention, hidden_states, router, width), is_clear)
+
+
+def _randn(*size: int, generator: torch.Generator) -> Tensor:
+    """Normal values in float32: while vLLM loads a model, torch's default dtype is the model's."""
+    return torch.randn(*size, generator=generator, dtype=torch.float32, device="cpu")
 
 
 def _require_equal(actual: Tensor, expected: Tensor, is_compared: Tensor | None = None) -> None:

@@ -30,6 +30,18 @@ def test_right_kernels_are_used(dtype, caplog):
     assert caplog.records == []
 
 
+def test_right_kernels_are_used_under_the_default_dtype_of_vllm_s_loader(caplog):
+    """vLLM calls the hook of the model with the model's dtype as torch's default."""
+    present = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        check_on_device(ROUTERS, VALUE_ROUTERS, torch.bfloat16, torch.device("cpu"))
+    finally:
+        torch.set_default_dtype(present)
+    assert caplog.records == []
+    assert rejected_kernels == set()
+
+
 def test_each_variant_of_the_kernels_is_checked():
     limits = route_kernels.MAX_TOKEN_PROGRAMS, value_kernels.FEW_TOKENS
     for (few, many), limit in zip((device_check.ROUTE_TOKENS, device_check.VALUE_TOKENS), limits, strict=True):
