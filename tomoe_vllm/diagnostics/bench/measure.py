@@ -8,11 +8,13 @@ import time
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
-Call = Callable[[], object]
+from tomoe_vllm.diagnostics.device import CudaDevice
+
+Call = Callable[[], Any]
 
 
 class Clock(Protocol):
@@ -38,19 +40,14 @@ class CpuClock:
 
 
 class CudaClock:
-    """CUDA events around the replay of a CUDA graph, so that the host's time to launch kernels does not count."""
+    """CUDA events around the replay of a CUDA graph with a cold L2; the host's time to launch it does not count."""
+
+    def __init__(self, device: CudaDevice | None = None) -> None:
+        self.device = device or CudaDevice()
 
     def prepare(self, call: Call) -> Call:
-        """Capture ``call`` into a graph, after two calls that compile its kernels; returns the replay."""
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            call()
-            call()
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            call()
+        """Capture ``call`` into a graph, after a call that compiles its kernels; returns the replay."""
+        graph = self.device.capture(call)
 
         def replay(kept: Call = call) -> None:  # the graph reads the tensors that ``call`` holds
             graph.replay()
@@ -58,12 +55,7 @@ class CudaClock:
         return replay
 
     def seconds(self, call: Call) -> float:
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        call()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end) * 1e-3
+        return self.device.milliseconds_once(call) * 1e-3
 
 
 def machine(device: str = "cpu") -> dict[str, str | int]:

@@ -66,9 +66,7 @@ def run_kernel(sizes: LayerSizes, dtype: str, path: str, num_tokens: int, routin
     if path == "activation":
         return check_activation(layer, num_tokens, device())
     assert path in PATHS
-    rates = chip()
-    # The model knows one FLOP rate, that of bfloat16 and float16.
-    return run_check(layer, path, num_tokens, routing, device(), None if dtype == "float32" else rates)
+    return run_check(layer, path, num_tokens, routing, device(), chip())
 
 
 @triton.jit

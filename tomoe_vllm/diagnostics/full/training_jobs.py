@@ -31,6 +31,8 @@ def run(job: Job, options: Options) -> Iterator[Result]:
     for package in ("pydantic", *(() if job.kind == "training steps" else ("accelerate", "datasets"))):
         if find_spec(package) is None:
             raise NotRunError(f"{package} is not installed")
+    if job.kind != "train on cpu" and not options.interpret and not torch.cuda.is_available():
+        raise RuntimeError("torch finds no GPU in this process")
     base = scratch / "training-base"
     if not base.exists():
         write_base(base)

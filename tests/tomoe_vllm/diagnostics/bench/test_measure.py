@@ -1,6 +1,5 @@
 """Timing of tomoe bench: order of the calls and summary of the samples."""
 
-import contextlib
 from types import SimpleNamespace
 
 import pytest
@@ -23,40 +22,25 @@ def test_summary_is_median_and_quartiles():
     assert summary([1.0, 2.0, 3.0, 4.0, 5.0], 10) == {"median": 30.0, "low": 15.0, "high": 45.0}
 
 
-class FakeCuda:
-    """What CudaClock uses of torch.cuda: it notes the order of what runs, and a graph replays what it captured."""
+class FakeDevice:
+    """What CudaClock uses of CudaDevice."""
 
-    def __init__(self) -> None:
-        self.log: list[str] = []
-        self.is_capturing = False
-        self.cuda = SimpleNamespace(
-            Stream=lambda: SimpleNamespace(wait_stream=lambda other: self.log.append("wait")),
-            current_stream=lambda: SimpleNamespace(wait_stream=lambda other: self.log.append("wait")),
-            stream=lambda stream: contextlib.nullcontext(),
-            CUDAGraph=lambda: SimpleNamespace(replay=lambda: self.log.append("replay")),
-            graph=self.capture,
-            Event=lambda enable_timing: SimpleNamespace(
-                record=lambda: self.log.append("record"),
-                synchronize=lambda: self.log.append("synchronize"),
-                elapsed_time=lambda end: 3.0,
-            ),
-        )
+    def capture(self, run):
+        run()
+        return SimpleNamespace(replay=run)
 
-    @contextlib.contextmanager
-    def capture(self, graph):
-        self.is_capturing = True
-        yield
-        self.is_capturing = False
+    def milliseconds_once(self, replay):
+        replay()
+        return 3.0
 
 
-def test_cuda_clock_times_the_replay_of_a_graph_with_events(monkeypatch):
-    fake, clock = FakeCuda(), CudaClock()
-    monkeypatch.setattr(torch, "cuda", fake.cuda)
-    replay = clock.prepare(lambda: fake.log.append("captured" if fake.is_capturing else "compiled"))
-    assert fake.log == ["wait", "compiled", "compiled", "wait", "captured"]
-    fake.log.clear()
+def test_cuda_clock_times_the_replay_of_a_graph():
+    log = []
+    clock = CudaClock(FakeDevice())
+    replay = clock.prepare(lambda: log.append("call"))
+    assert log == ["call"]
     assert interleave({"call": replay}, rounds=1, warm_up=0, clock=clock) == {"call": [pytest.approx(3e-3)]}
-    assert fake.log == ["record", "replay", "record", "synchronize"]
+    assert log == ["call", "call"]
 
 
 def test_machine_names_the_gpu_only_where_it_is_used(monkeypatch):

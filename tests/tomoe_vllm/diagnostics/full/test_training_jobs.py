@@ -52,7 +52,7 @@ def test_a_device_with_a_gpus_rules_gives_the_losses_of_the_cpu(tmp_path, monkey
 
 @pytest.mark.process
 def test_tomoe_train_is_compared_with_the_cpus_run(tmp_path):
-    options = Options(scratch=str(tmp_path))
+    options = Options(scratch=str(tmp_path), interpret=True)
     with pytest.raises(NotRunError, match="no losses of the CPU"):
         list(run(job("train on device"), options))
     (first,) = run(job("train on cpu"), options)
@@ -61,6 +61,13 @@ def test_tomoe_train_is_compared_with_the_cpus_run(tmp_path):
     (second,) = run(job("train on device"), options)
     assert second.status == "passed", second.reason
     assert second.values["device"] == first.values["cpu"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+@pytest.mark.parametrize("kind", ["training steps", "train on device"])
+def test_the_cpu_is_not_compared_with_itself(kind, tmp_path):
+    with pytest.raises(RuntimeError, match="no GPU"):
+        list(run(job(kind), Options(scratch=str(tmp_path))))
 
 
 @pytest.mark.parametrize(("kind", "package"), [("train on cpu", "accelerate"), ("training steps", "pydantic")])

@@ -67,14 +67,19 @@ def test_dense_baseline_is_the_dense_mlp(num_matrices, has_bias, activation):
     assert max(relative_rms(layer.dense_mlp(hidden_states, no_experts), expected)) < 1e-5
 
 
-def test_on_a_gpu_each_path_is_timed_and_compared_with_dense_and_the_roofline(layer):
-    device = TimedDevice()
+def test_on_a_gpu_each_path_is_timed_and_compared_with_dense_and_the_roofline():
+    layer, device = Layer.random(SHAPE, "silu", False, torch.float16, "cpu"), TimedDevice()
     for path in ("gather", "grouped"):
         check = run_check(layer, path, 2, "random", device, CHIP)
         assert check.agrees, check.describe()
         assert (check.ms, check.dense_ms) == (2.0, 2.0)
         assert check.roofline_ms > 0
     assert device.num_timed == 3, "dense is timed once for a number of tokens"
+
+
+def test_float32_has_no_roofline_because_the_chips_flop_rate_is_that_of_16_bit_types(layer):
+    check = run_check(layer, "gather", 2, "random", TimedDevice(), CHIP)
+    assert (check.ms, check.roofline_ms) == (2.0, None)
 
 
 def test_a_graph_that_ignores_new_expert_ids_disagrees(layer):

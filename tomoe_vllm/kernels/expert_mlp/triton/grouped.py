@@ -216,7 +216,7 @@ def grouped_down_kernel(
 
     Blocks are the fastest dimension: all experts iterate over the neurons of one window of output dims together. Row
     indices are loaded one step before the rows. The loop must carry the loaded value itself: if it carries the cast to
-    int64, Triton 3.9 allocates every buffer of the pipeline and overlaps nothing.
+    int64, Triton allocates every buffer of the pipeline and overlaps nothing.
     """
     num_blocks = tl.load(num_blocks_ptr)
     block = tl.program_id(0) % num_blocks
