@@ -59,12 +59,15 @@ def _check_route(num_tokens: int, hidden_size: int, num_experts: int, dtype: tor
     generator = torch.Generator().manual_seed(0)
     hidden_states = _randn(num_tokens, hidden_size, generator=generator).to(dtype)
     weight = _randn(num_experts, hidden_size, generator=generator) / hidden_size**0.5
-    record = torch.full((num_tokens + 1,), 255, dtype=torch.uint8, device=device) if num_experts <= 255 else None
-    actual = route_triton(hidden_states.to(device), weight.to(device), record).cpu()
     logits = (hidden_states.float() @ weight.T).sort(dim=1, descending=True).values
     is_clear = logits[:, 0] - logits[:, 1] > NEAR_TIE if num_experts > 1 else torch.ones(num_tokens, dtype=torch.bool)
-    _require_equal(actual, route_reference(hidden_states, weight), is_clear)
-    if record is not None:
+    expected = route_reference(hidden_states, weight)
+    hidden_states, weight = hidden_states.to(device), weight.to(device)
+    _require_equal(route_triton(hidden_states, weight).cpu(), expected, is_clear)
+    if num_experts <= 255:  # with a record it is another binary
+        record = torch.full((num_tokens + 1,), 255, dtype=torch.uint8, device=device)
+        actual = route_triton(hidden_states, weight, record).cpu()
+        _require_equal(actual, expected, is_clear)
         _require_equal(record.cpu().long(), torch.cat([actual, torch.tensor([255])]))
 
 

@@ -35,6 +35,8 @@ class _WithDigest:
         self._config, self._digest = config, digest
 
     def __getattr__(self, name: str) -> Any:
+        if name == "_config":  # of a copy that has no attributes yet
+            raise AttributeError(name)
         return getattr(self._config, name)
 
     def compute_hash(self) -> str:

@@ -1,5 +1,6 @@
 """What shapes ToMoE's graph is part of what vLLM hashes. With engines: tests/parity/test_compile_cache.py."""
 
+import copy
 from types import SimpleNamespace
 
 import pytest
@@ -65,6 +66,15 @@ def test_an_additional_config_that_is_an_object_is_hashed_too():
     changed = Custom()
     changed.value = 4
     assert vllm_hash("masked", Custom()) != vllm_hash("masked", changed)
+
+
+def test_an_additional_config_that_is_an_object_can_be_copied():
+    from tomoe_vllm.layers.compile_key import _WithDigest
+
+    wrapped = _WithDigest(SimpleNamespace(value=3, compute_hash=lambda: "hash"), "digest")
+    copied = copy.deepcopy(wrapped)
+    assert copied.value == 3
+    assert copied.compute_hash() == wrapped.compute_hash()
 
 
 def test_thresholds_change_the_digest(monkeypatch, tmp_path):

@@ -14,6 +14,7 @@ def calls(monkeypatch):
 
     calls = []
     monkeypatch.setattr(router_check, "check_on_device", lambda *arguments: calls.append(arguments))
+    monkeypatch.setattr(router_check, "gather_from_ranks", lambda value: [value])
     return calls
 
 
@@ -52,6 +53,18 @@ def test_sizes_of_all_layers_are_checked_on_a_gpu(calls):
     assert value_routers == [(48, 32, 3, 64, 20)]
     assert dtype == torch.bfloat16
     assert device.type == "cuda"
+
+
+def test_a_kernel_that_one_rank_rejects_is_used_by_none(calls, monkeypatch, caplog):
+    from tomoe_vllm.layers import router_check
+
+    monkeypatch.setattr(router_check, "rejected_kernels", rejected := {"mask_values"})
+    monkeypatch.setattr(router_check, "gather_from_ranks", lambda value: [value, "", "mask_values route"])
+    with FakeTensorMode():
+        router_check.check_routers(make_model("cuda"))
+    assert rejected == {"mask_values", "route"}
+    (record,) = caplog.records
+    assert "tomoe::route runs in plain torch" in record.getMessage()
 
 
 def test_nothing_is_checked_on_a_cpu(calls):

@@ -48,6 +48,18 @@ def test_each_variant_of_the_kernels_is_checked():
         assert few <= limit < many
 
 
+def test_routing_is_compiled_with_and_without_a_record(monkeypatch):
+    kernel, calls = route_kernels.route_triton, []
+
+    def counted(hidden_states, weight, record=None):
+        calls.append((len(hidden_states), record is not None))
+        return kernel(hidden_states, weight, record)
+
+    monkeypatch.setattr(route_kernels, "route_triton", counted)
+    check_on_device([(75, 8)], [], torch.bfloat16, torch.device("cpu"))
+    assert calls == [(n, has_record) for n in device_check.ROUTE_TOKENS for has_record in (False, True)]
+
+
 def test_sizes_of_equal_layers_are_checked_once(monkeypatch):
     calls = []
     monkeypatch.setattr(device_check, "_check_route", lambda *arguments: calls.append(arguments[:3]))
