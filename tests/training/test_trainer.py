@@ -205,6 +205,15 @@ def test_sampled_text_is_stored_for_resuming(config, tmp_path):
     assert sum(len(text.split()) for text in texts) > 1000
 
 
+def test_sampled_text_does_not_depend_on_gradient_checkpointing(config, tmp_path):
+    """Checkpointed layers drop the KV cache: each token would be sampled without the ones before it."""
+    fields = {"data": ["self"], "self_tokens": 600, "steps": 1, "warm_start_tokens": 0}
+    for name, is_on in (("plain", False), ("checkpointed", True)):
+        train(config(**fields, gradient_checkpointing=is_on), tmp_path / name)
+    plain, checkpointed = ((tmp_path / n / "run" / "self.jsonl").read_text() for n in ("plain", "checkpointed"))
+    assert checkpointed == plain
+
+
 def test_processes_wait_as_long_as_the_setting_says(config, tmp_path, monkeypatch):
     """NCCL's default of ten minutes is less than tokenizing a large corpus in the first process takes."""
 

@@ -114,9 +114,9 @@ class _Run:
         self.base = load_base(
             self.base_folder, base_config, self.dtype, self.accelerator.device, is_sharded=self.is_sharded
         )
-        if config.gradient_checkpointing:
-            self._checkpoint_layers()
         self.blocks = self._load_blocks()
+        if config.gradient_checkpointing:
+            self._checkpoint_layers()  # after sampling: layers that are checkpointed ignore the KV cache
         use_causal_attention(self.base, config.sequence_length)
         self.student = Student(self.base, config).to(self.accelerator.device)
         # Micro-batches of a fixed size are the same on every number of processes, and so are their losses.

@@ -63,7 +63,8 @@ def test_killed_run_ends_with_the_same_bits(config, tmp_path):
     "fields",
     [
         {},
-        {"shard_base": True, "data": ["self"], "self_tokens": 2000},  # all processes sample the text together
+        # All processes sample the text together, and gather layers again in the backward pass.
+        {"shard_base": True, "data": ["self"], "self_tokens": 2000, "gradient_checkpointing": True},
         {"batch_size": 4, "micro_batch_size": 1, "budget": "penalty"},  # R_L and R_P are products of means
     ],
     ids=["copies", "sharded", "micro-batches"],
