@@ -34,13 +34,13 @@ CHIPS = (
 )
 """From the manufacturers' data sheets."""
 _NAMES = {"A100-SXM4-80GB": "A100", "H100 80GB HBM3": "H100", "H200": "H200"}
-"""Parts of torch's names. Others of these families (PCIe, 40 GB, NVL) have other rates."""
+"""Torch's names after "NVIDIA ". Others that begin or end alike (PCIe, 40 GB, NVL, GH200, MIG) have other rates."""
 
 
 def chip_named(device_name: str) -> Chip | None:
     """The chip of torch's ``device_name``, or None for one that is not in :data:`CHIPS`, as a MIG slice is."""
-    names = [name for part, name in _NAMES.items() if part in device_name and "MIG" not in device_name]
-    return next((chip for chip in CHIPS if chip.name in names), None)
+    name = _NAMES.get(device_name.removeprefix("NVIDIA "))
+    return next((chip for chip in CHIPS if chip.name == name), None)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

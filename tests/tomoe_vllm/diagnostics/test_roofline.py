@@ -82,6 +82,8 @@ def test_script_prints_the_tables_of_the_documentation_and_json():
         ("NVIDIA A100-SXM4-40GB", None),  # 1.6 TB/s
         ("NVIDIA H100 PCIe", None),  # 2.0 TB/s
         ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),
+        ("NVIDIA GH200 480GB", None),
+        ("NVIDIA H200 NVL", None),
         ("NVIDIA L4", None),
     ],
 )

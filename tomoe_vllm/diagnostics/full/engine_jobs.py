@@ -235,6 +235,8 @@ class EngineRun:
     def parity(self) -> Iterator[Result]:
         """The texts that the engine has generated, against the Hugging Face model."""
         self.shut_down()
+        if not self.texts:  # the engine did not start or generate: that is a failed result already
+            return
         answers: dict[str, Answer]
         try:
             answers = compare(self.texts, self.folder, self.setup.dtype, self.setup.device)
