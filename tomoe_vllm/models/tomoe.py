@@ -279,9 +279,13 @@ class ToMoEForCausalLM(nn.Module, SupportsLoRA, SupportsPP, SupportsQuant):
     def finish_loading(self) -> None:
         """Derive masks, lists and the order of neurons. Called whenever weights were loaded (``compat/reload.py``)."""
         is_reloaded = self.loader.finish()
-        for layer in self.model.layers[self.model.start_layer : self.model.end_layer]:
-            layer.self_attn.finish_loading()
-            layer.mlp.finish_loading()
+        try:
+            for layer in self.model.layers[self.model.start_layer : self.model.end_layer]:
+                layer.self_attn.finish_loading()
+                layer.mlp.finish_loading()
+        except Exception as error:  # some layers have new masks, others old ones
+            self.loader.failure = f"reloading the weights failed ({error})"
+            raise
         if is_reloaded and isinstance(self.lm_head, ParallelLMHead):
             embeddings = self.model.embed_tokens
             if isinstance(embeddings, VocabParallelEmbedding) and self.lm_head.weight is embeddings.weight:

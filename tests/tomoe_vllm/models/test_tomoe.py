@@ -1,8 +1,10 @@
-"""What the model class refuses before it builds anything. Its output: tests/parity."""
+"""What the model class refuses before it builds anything, and after a reload that failed. Its output: tests/parity."""
 
 from types import SimpleNamespace
 
 import pytest
+import torch
+from torch import nn
 
 
 def test_batch_invariance_on_a_gpu_is_refused(monkeypatch):
@@ -17,3 +19,23 @@ def test_batch_invariance_on_a_gpu_is_refused(monkeypatch):
     )
     with pytest.raises(ValueError, match=r"VLLM_BATCH_INVARIANT is set, .* Unset it"):
         tomoe.ToMoEForCausalLM(vllm_config=config)
+
+
+def test_a_model_whose_masks_could_not_be_set_does_not_run():
+    """The weights of all layers are new then, and the masks of some are old."""
+    from tomoe_vllm.models.tomoe import ToMoEForCausalLM
+
+    def refuse() -> None:
+        raise ValueError("restart it on the new checkpoint")
+
+    model = ToMoEForCausalLM.__new__(ToMoEForCausalLM)
+    nn.Module.__init__(model)
+    layer = SimpleNamespace(
+        self_attn=SimpleNamespace(finish_loading=lambda: None), mlp=SimpleNamespace(finish_loading=refuse)
+    )
+    model.loader = SimpleNamespace(finish=lambda: True, failure=None)
+    object.__setattr__(model, "model", SimpleNamespace(layers=[layer], start_layer=0, end_layer=1))
+    with pytest.raises(ValueError, match="restart it"):
+        model.finish_loading()
+    with pytest.raises(RuntimeError, match=r"reloading the weights failed \(restart it on the new checkpoint\)"):
+        model.compute_logits(torch.zeros(1, 4))
