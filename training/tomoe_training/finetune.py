@@ -9,7 +9,7 @@ checkpoint with byte-identical masks, which Hugging Face and vLLM load like the 
 PEFT wraps a linear, and hooks stay on the inner linear. The gates are therefore attached again after wrapping:
 they then also mask the input and output of the low-rank part, and merging changes only rounding.
 
-A killed run leaves no output and cannot be resumed. The same seed gives the same bits on the same machine.
+A killed run leaves no output and cannot be resumed. The same seed gives the same bits on the same CPU.
 """
 
 import json

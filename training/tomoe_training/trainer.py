@@ -2,7 +2,7 @@
 
 A step is a function of (config, step): its batch, noise and learning rate. A checkpoint is therefore small
 (trained modules, optimizer, step). A run that is killed at any point and started again with the same command
-ends with the same weights.
+ends with the same weights: bit for bit on a CPU, up to the order of atomic additions on a GPU.
 """
 
 import contextlib
