@@ -20,7 +20,7 @@ def doctor(
         bool, typer.Option("--full", help="Also check more shapes, training, and vLLM if it is installed; needs --out.")
     ] = False,
     out: Annotated[Path | None, typer.Option(help="With --full: folder of the report; must not exist yet.")] = None,
-    minutes: Annotated[float, typer.Option(min=0.5, help="With --full: time limit.")] = 8.0,
+    minutes: Annotated[float | None, typer.Option(min=0.5, help="With --full: time limit. Default: 8.")] = None,
     only: Annotated[
         list[str] | None,
         typer.Option(help="With --full: only this part: kernels, engine or training; may be repeated."),
@@ -35,10 +35,12 @@ def doctor(
             raise ValueError("--full needs --out FOLDER for its report")
         from tomoe_vllm.diagnostics.full.run import full_doctor
 
-        facts, code = full_doctor(model, out, interpret=interpret, minutes=minutes, only=only or [])
+        facts, code = full_doctor(
+            model, out, interpret=interpret, minutes=8.0 if minutes is None else minutes, only=only or []
+        )
     else:
-        if out is not None or only:
-            raise ValueError("--out and --only are options of --full")
+        if out is not None or only or minutes is not None:
+            raise ValueError("--out, --only and --minutes are options of --full")
         from tomoe_vllm.diagnostics.doctor import main as run_doctor
 
         facts, code = run_doctor(model, interpret)

@@ -71,7 +71,9 @@ def _run(check: Check, device: Device, run: Callable[[], Tensor], change: Callab
 
 
 def check_route(shape: GateShape, num_tokens: int, dtype: torch.dtype, device: Device) -> Check:
-    """Routing, and the record of it."""
+    """Routing with the record of it, and without: two binaries of one kernel."""
+    from tomoe_vllm.kernels.route.triton import route_triton
+
     check = Check(path="route", num_tokens=num_tokens, routing="random", dtype=name_of(dtype), limit=CHOICE_LIMIT)
     generator = torch.Generator(device.type).manual_seed(num_tokens)
     hidden_states = torch.randn((num_tokens, shape.hidden_size), generator=generator, device=device.type).to(dtype)
@@ -79,13 +81,13 @@ def check_route(shape: GateShape, num_tokens: int, dtype: torch.dtype, device: D
     record = torch.zeros(num_tokens, dtype=torch.uint8, device=device.type)
 
     def run() -> Tensor:
-        from tomoe_vllm.kernels.route.triton import route_triton
-
         return route_triton(hidden_states, router, record)
 
     def compare(expert_ids: Tensor) -> tuple[float, float]:
         error = choice_error(hidden_states.double() @ router.double().T, expert_ids)
-        if not torch.equal(record.long(), expert_ids):
+        if not (
+            torch.equal(record.long(), expert_ids) and torch.equal(route_triton(hidden_states, router), expert_ids)
+        ):
             error = WRONG
         return error, error
 

@@ -28,7 +28,7 @@ from tomoe_vllm.diagnostics.full.engine_parity import (
     make_prompts,
 )
 from tomoe_vllm.diagnostics.full.plan import Job, Options
-from tomoe_vllm.diagnostics.full.report import FAILED, NOT_RUN, PASSED, NotRunError, Result
+from tomoe_vllm.diagnostics.full.report import DONE, FAILED, NOT_RUN, PASSED, NotRunError, Result
 
 NEW_TOKENS = 16
 STATISTICS = {
@@ -87,7 +87,7 @@ class Setup:
 def run(job: Job, options: Options) -> Iterator[Result]:
     """The results of one job."""
     if job.kind == "models":
-        yield Result(part=job.part, name=job.name, status=PASSED, values=make_models(options))
+        yield Result(part=job.part, name=job.name, status=DONE, values=make_models(options))
         return
     layout, scratch = job.arguments["layout"], Path(options.scratch)
     folder = scratch / ("dense" if layout == "dense" else "tomoe")

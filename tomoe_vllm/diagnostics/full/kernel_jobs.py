@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tomoe_vllm.diagnostics.device import CudaDevice, Device, InterpretedDevice
 from tomoe_vllm.diagnostics.full.plan import Job, Options
-from tomoe_vllm.diagnostics.full.report import FAILED, PASSED, Result
+from tomoe_vllm.diagnostics.full.report import DONE, FAILED, PASSED, Result
 from tomoe_vllm.diagnostics.gate_checks import check_activation, check_route, check_value_mask
 from tomoe_vllm.diagnostics.kernel_checks import Check, Layer, is_interpreted, run_check
 from tomoe_vllm.diagnostics.layers import PATHS, LayerSizes
@@ -43,7 +43,7 @@ def layer_of(sizes: LayerSizes, dtype: str) -> Layer:
 def run(job: Job, options: Options) -> Iterator[Result]:
     """The result of one job."""
     if job.kind == "rates":
-        yield Result(part=job.part, name=job.name, status=PASSED, values=rates())
+        yield Result(part=job.part, name=job.name, status=DONE, values=rates())
         return
     sizes = options.layers()[job.arguments["layer"]]
     check = run_kernel(sizes, **{name: value for name, value in job.arguments.items() if name != "layer"})

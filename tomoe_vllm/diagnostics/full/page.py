@@ -81,7 +81,7 @@ def _parts(results: Rows) -> str:
     counts: dict[str, Counter[str]] = defaultdict(Counter)
     for result in results:
         counts[result["part"]][result["status"]] += 1
-    statuses = ("passed", "failed", "not run")
+    statuses = ("passed", "failed", "not run", "done")
     return table(
         ["part", *statuses], [[part, *(count[status] for status in statuses)] for part, count in counts.items()]
     )

@@ -171,5 +171,7 @@ def has_vllm() -> bool:
 
 def process_environment(job: Job, options: Options) -> dict[str, str]:
     """Variables of the process of ``job``. TRITON_INTERPRET is for the kernels only."""
-    inherited = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    inherited = {
+        name: value for name, value in os.environ.items() if name not in ("TRITON_INTERPRET", "ACCELERATE_USE_CPU")
+    }
     return inherited | ({"CUDA_VISIBLE_DEVICES": ""} if options.interpret else {}) | job.environment

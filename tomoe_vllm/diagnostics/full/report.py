@@ -11,7 +11,8 @@ from typing import Any
 
 from tomoe_vllm.diagnostics.full.page import render
 
-PASSED, FAILED, NOT_RUN = "passed", "failed", "not run"
+PASSED, FAILED, NOT_RUN, DONE = "passed", "failed", "not run", "done"
+"""Status of a result. ``DONE``: what other checks need, such as the rates of the device; it checks nothing itself."""
 JSON_NAME, PAGE_NAME, LOGS_NAME = "report.json", "report.md", "logs"
 
 

@@ -13,7 +13,7 @@ import torch
 from tomoe_vllm.diagnostics.doctor import environment
 from tomoe_vllm.diagnostics.driver import installed_driver, why_no_cuda
 from tomoe_vllm.diagnostics.full.plan import PARTS, Job, Options, has_vllm, make_plan
-from tomoe_vllm.diagnostics.full.report import FAILED, NOT_RUN, PASSED, Report, Result, make_folder
+from tomoe_vllm.diagnostics.full.report import DONE, FAILED, NOT_RUN, PASSED, Report, Result, make_folder
 from tomoe_vllm.diagnostics.full.runner import WORKER, Runner
 from tomoe_vllm.diagnostics.layers import layer_of
 from tomoe_vllm.kernels.expert_mlp.triton.dispatch import device_name, write_validation
@@ -127,7 +127,7 @@ class _Run:
         self._write_validation()
         for part in dict.fromkeys(result.part for result in self.report.results[self.printed :]):
             new = [result for result in self.report.results[self.printed :] if result.part == part]
-            counts = [f"{sum(r.status == status for r in new)} {status}" for status in (PASSED, FAILED, NOT_RUN)]
+            counts = [f"{sum(r.status == status for r in new)} {status}" for status in (PASSED, FAILED, NOT_RUN, DONE)]
             print(f"{self.report.seconds:4.0f} s  {part}: {', '.join(counts)}", file=sys.stderr)
         self.printed = len(self.report.results)
 

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from tomoe_vllm.diagnostics.full import report as report_module
-from tomoe_vllm.diagnostics.full.report import FAILED, NOT_RUN, PASSED, Report, Result, make_folder
+from tomoe_vllm.diagnostics.full.report import DONE, FAILED, NOT_RUN, PASSED, Report, Result, make_folder
 
 ENVIRONMENT = {"tomoe_vllm": "0.1.0", "torch": "2.11.0", "triton": None, "transformers": None, "vllm": None}
 
@@ -26,6 +26,7 @@ def result(name, status, reason=None):
 def test_summary_counts_what_was_checked(report):
     assert report.summary() == "0 checks, 0 failed"
     report.results = [result("a", PASSED), result("b", FAILED, "wrong"), result("c", NOT_RUN, "out of time")]
+    report.results.append(result("rates of the device", DONE))
     assert report.summary() == "2 checks, 1 failed, 1 not run"
 
 

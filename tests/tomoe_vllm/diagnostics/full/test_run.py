@@ -156,8 +156,9 @@ def test_ctrl_c_leaves_a_report(gpu, tmp_path, monkeypatch):
     ("arguments", "message"),
     [
         (["--full"], "--full needs --out"),
-        (["--out", "report"], "--out and --only are options of --full"),
-        (["--only", "kernels"], "--out and --only are options of --full"),
+        (["--out", "report"], "--out, --only and --minutes are options of --full"),
+        (["--minutes", "2"], "--out, --only and --minutes are options of --full"),
+        (["--only", "kernels"], "--out, --only and --minutes are options of --full"),
         (
             ["--full", "--interpret", "--out", "report", "--only", "speed"],
             "--only is 'speed'; it must be one of kernels",
