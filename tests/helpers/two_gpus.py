@@ -5,6 +5,7 @@ killed and resumed (OUT/copies), a run with a sharded base (OUT/sharded), and th
 writes its findings to OUT/<rank>.json.
 """
 
+import gc
 import json
 import sys
 from pathlib import Path
@@ -76,6 +77,7 @@ def base_memory(folder: Path, device: torch.device, *, is_sharded: bool) -> dict
     computing = held + peak_of(compute, device)
     layers = [sum(p.numel() * p.element_size() for p in layer.parameters()) for layer in base.model.layers]
     total = sum(p.numel() * p.element_size() for p in base.parameters())
+    gc.collect()  # FSDP keeps the buffers of the last linear in reference cycles
     return {
         "loading": loading,
         "computing": computing,

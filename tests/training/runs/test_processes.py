@@ -65,7 +65,8 @@ def test_killed_run_ends_with_the_same_bits(config, tmp_path):
         {},
         # All processes sample the text together, and gather layers again in the backward pass.
         {"shard_base": True, "data": ["self"], "self_tokens": 2000, "gradient_checkpointing": True},
-        {"batch_size": 4, "micro_batch_size": 1, "budget": "penalty"},  # R_L and R_P are products of means
+        # R_L and R_P are products of means.
+        pytest.param({"batch_size": 4, "micro_batch_size": 1, "budget": "penalty"}, marks=pytest.mark.slow),
     ],
     ids=["copies", "sharded", "micro-batches"],
 )
@@ -84,6 +85,7 @@ def test_two_processes_train_the_adapter_of_one(fields, config, tmp_path):
     assert terms[1] == pytest.approx(terms[0], abs=2e-5)
 
 
+@pytest.mark.slow
 def test_accelerate_launch_trains_the_same_adapter(config, tmp_path):
     train(config(steps=2), tmp_path / "plain")
     launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", 1, "--num_machines", 1]

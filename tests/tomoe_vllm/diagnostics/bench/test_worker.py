@@ -61,6 +61,7 @@ def test_dense_engine_runs_the_norm_that_was_selected(tiny_shape, tmp_path):
         torch.testing.assert_close(compiled.logprobs, shipped.logprobs, rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.engine
 def test_engines_run_one_after_the_other_as_on_a_gpu_that_holds_one_model(tiny_shape, tmp_path, capfd):
     """The mode for large models on GPUs, with its asynchronous scheduling and round-wise times; in float32, eager."""

@@ -25,6 +25,7 @@ worker.main()
 """
 
 
+@pytest.mark.slow
 @pytest.mark.engine
 def test_an_engine_is_checked_and_a_crash_of_another_costs_nothing(tmp_path):
     (tmp_path / "worker.py").write_text(WORKER)
