@@ -42,9 +42,14 @@ def train(
 
         print_result(describe(run))
         return
+    from tomoe_training.process_setup import is_first_process
+    from tomoe_training.ranks import end_process_group
     from tomoe_training.trainer import train as run_training
 
-    print_result(run_training(run, out))
+    result = run_training(run, out)
+    if is_first_process():
+        print_result(result)
+    end_process_group()
 
 
 @app.command()

@@ -93,6 +93,11 @@ def _dims_above_threshold(layer: LayerLogits, shape: BlockShape, shift: float) -
     return experts, query_key, value
 
 
+def _on_cpu(layer: LayerLogits) -> LayerLogits:
+    value = None if layer.value is None else layer.value.cpu()
+    return LayerLogits(experts=layer.experts.cpu(), query_key=layer.query_key.cpu(), value=value)
+
+
 def widths_at(
     layers: list[LayerLogits], shape: BlockShape, shift: float, *, width_multiple: int, head_dim_multiple: int
 ) -> Widths:
@@ -118,9 +123,11 @@ def solve_widths(
 ) -> Widths:
     """Widths of the largest model whose active block parameters are at most ``active_ratio`` of all.
 
-    Bisection over the shift, in which widths are monotonic. Raises ``ValueError`` if the narrowest model (one
-    multiple everywhere) exceeds the budget.
+    Bisection over the shift, in which widths are monotonic. Each shift reads three counts per layer: the logits are
+    copied to the CPU first. Raises ``ValueError`` if the narrowest model (one multiple everywhere) exceeds the budget.
     """
+
+    layers = [_on_cpu(layer) for layer in layers]
 
     def at(shift: float) -> Widths:
         return widths_at(layers, shape, shift, width_multiple=width_multiple, head_dim_multiple=head_dim_multiple)

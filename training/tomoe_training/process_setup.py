@@ -34,6 +34,11 @@ def release_memory() -> None:
             ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
+def is_first_process() -> bool:
+    """Whether this is rank 0 of torchrun's processes, or the only process. Needs no process group."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def hide_progress_bars() -> None:
     """Switch off the progress bars of transformers. (With TQDM_DISABLE vLLM would divide by zero.)"""
     from transformers.utils import logging

@@ -15,6 +15,12 @@ def num_ranks() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
+def end_process_group() -> None:
+    """Destroy the process group, if there is one. NCCL warns of one that is left at exit."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
 def mean_over_ranks(value: Tensor) -> Tensor:
     """Mean over processes, without gradient. Does not wait for the device."""
     if num_ranks() == 1:

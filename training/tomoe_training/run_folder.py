@@ -77,7 +77,8 @@ class RunFolder:
     def load_checkpoint(self, base_hash: str, device: torch.device, noise_device: str | None) -> dict[str, Any] | None:
         """The training state to resume from, or None.
 
-        Raises ``ValueError`` if it is of another base model, or had its noise from another kind of device.
+        Raises ``ValueError`` if it is of another base model, or had its noise from another kind of device or
+        another GPU model.
         """
         state = load_state(self.checkpoint, device)
         if state is not None and state["base_hash"] != base_hash:

@@ -35,7 +35,7 @@ from tomoe_training.documents import check_source, load_documents
 from tomoe_training.dtypes import to_device, training_dtype
 from tomoe_training.method.relaxation import NoiseSource
 from tomoe_training.method.student import Student
-from tomoe_training.process_setup import hide_progress_bars, release_memory
+from tomoe_training.process_setup import hide_progress_bars, is_first_process, release_memory
 from tomoe_training.progress import TrainProgress
 from tomoe_training.run_folder import RunFolder
 from tomoe_training.terms import TermHistory
@@ -83,8 +83,8 @@ class _Run:
         base_config = load_base_config(self.base_folder)
         if not config.data:
             raise ValueError("no training data: give --data FILE [FILE ...] (or `self`)")
-        model_tensors(self.base_folder, base_config, warns=True)
-        self.tokenizer = load_tokenizer(self.base_folder, warns=True)
+        model_tensors(self.base_folder, base_config, warns=is_first_process())
+        self.tokenizer = load_tokenizer(self.base_folder, warns=is_first_process())
         check_vocabulary(self.tokenizer, base_config.vocab_size, self.base_folder)
         for source in config.data:
             check_source(source, config.text_column, self.tokenizer)
@@ -254,9 +254,14 @@ class _Run:
         return self._finish(terms, time.perf_counter() - started, first_step)
 
     def _noise_device(self) -> str | None:
-        """Kind of device that draws this run's noise; None if it has none."""
-        has_noise = self.config.mask_noise or self.config.router_noise
-        return self.accelerator.device.type if has_noise else None
+        """What draws this run's noise: "cpu" or the GPU's model; None if there is no noise.
+
+        ``torch.rand`` depends on the number of multiprocessors, so that GPU models draw different numbers.
+        """
+        if not (self.config.mask_noise or self.config.router_noise):
+            return None
+        device = self.accelerator.device
+        return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
     def _update_widths(self, step: int) -> None:
         """With the exact budget: set the widths at the start, and every ``widths_every`` steps if that is not 0."""

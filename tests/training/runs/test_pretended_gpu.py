@@ -10,6 +10,7 @@ import torch
 from tomoe_training.artifacts.adapter import Adapter
 from tomoe_training.artifacts.export import export_checkpoint
 from tomoe_training.artifacts.inspection import inspect
+from tomoe_training.budget import NUM_QUANTILES, LayerLogits, solve_widths
 from tomoe_training.config import FinetuneConfig, load_run_config
 from tomoe_training.evaluation.compare import METHODS
 from tomoe_training.evaluation.perplexity import evaluate_perplexity
@@ -21,6 +22,7 @@ from tests.helpers.pretended_gpu import pretended_gpu, record_synchronizations
 from tests.helpers.processes import environment, python
 from tests.helpers.runs import SETTINGS, assert_identical, assignments, interrupt, largest_difference, metrics
 from tests.helpers.servers import free_port
+from tomoe_vllm.hf.tomoe_math import BlockShape
 
 pytestmark = pytest.mark.process  # compiles the device on first use
 
@@ -74,6 +76,22 @@ def test_a_resumed_run_ends_with_the_same_bits(gpu, config, tmp_path):
     assert train(config(mask_noise=1.0), tmp_path / "killed")["resumed_from"] == 2
     train(config(mask_noise=1.0), tmp_path / "whole")
     assert_identical(tmp_path / "killed", tmp_path / "whole")
+
+
+def test_widths_are_solved_with_one_copy_of_each_tensor(gpu):
+    shape = BlockShape(
+        hidden_size=64, num_heads=4, num_kv_heads=2, head_dim=16, rotary_dim=16, intermediate_size=128,
+        num_mlp_matrices=3,
+    )  # fmt: skip
+    generator = torch.Generator().manual_seed(0)
+    sizes = {"experts": (4, 128), "query_key": (8,), "value": (NUM_QUANTILES,)}
+    layers = [{name: torch.randn(size, generator=generator) for name, size in sizes.items()} for _ in range(3)]
+    on_gpu = [LayerLogits(**{name: tensor.to(gpu) for name, tensor in layer.items()}) for layer in layers]
+    options = {"width_multiple": 8, "head_dim_multiple": 4}
+    with record_synchronizations() as found:
+        widths = solve_widths(on_gpu, shape, 0.5, **options)
+    assert len(found) == 9, str(found)
+    assert widths == solve_widths([LayerLogits(**layer) for layer in layers], shape, 0.5, **options)
 
 
 @pytest.fixture(scope="module")

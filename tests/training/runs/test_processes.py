@@ -1,10 +1,13 @@
 """Runs that are killed and resumed, and runs on several processes."""
 
+import json
+import shutil
 import signal
 import time
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tomoe_training.artifacts.adapter import ADAPTER_CONFIG, ADAPTER_TENSORS
 from tomoe_training.trainer import train
 
@@ -71,15 +74,20 @@ def test_killed_run_ends_with_the_same_bits(config, tmp_path):
     ids=["copies", "sharded", "micro-batches"],
 )
 def test_two_processes_train_the_adapter_of_one(fields, config, tmp_path):
-    fields = {"mask_noise": 1.0, "router_noise": 1.0, "steps": 5} | fields
+    base = shutil.copytree(config().base, tmp_path / "base")
+    weights = load_file(base / "model.safetensors")
+    save_file(weights | {"unused": torch.ones(1)}, base / "model.safetensors", metadata={"format": "pt"})
+    fields = {"base": str(base), "mask_noise": 1.0, "router_noise": 1.0, "steps": 5} | fields
     train(config(**fields), tmp_path / "one")
     launch = ["-m", "torch.distributed.run", "--nproc-per-node", 2, "--master-port", free_port()]
-    sets = assignments(config(), **fields)
+    sets = assignments(config(**fields), **fields)
     result = python(
         *launch, "-m", "tomoe_vllm.cli", "train", "--out", tmp_path / "two", *sets,
         env=environment(ACCELERATE_USE_CPU="true", GLOO_SOCKET_IFNAME="lo"),
     )  # fmt: skip
     assert result.returncode == 0, result.stderr[-3000:]
+    assert [json.loads(line)["steps"] for line in result.stdout.splitlines()] == [5]  # of the first process
+    assert result.stderr.count("they are ignored") == 1
     assert largest_difference(tmp_path / "two", tmp_path / "one") < 1e-5
     terms = [[row[k] for row in metrics(tmp_path / n) for k in ("task", "r_l", "r_u")] for n in ("one", "two")]
     assert terms[1] == pytest.approx(terms[0], abs=2e-5)

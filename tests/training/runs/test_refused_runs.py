@@ -1,5 +1,7 @@
 """Runs that the trainer refuses: one line, and existing files are kept."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from tomoe_training import trainer
@@ -71,6 +73,24 @@ def test_state_with_noise_of_another_device_is_refused_and_kept(config, tmp_path
     with pytest.raises(ValueError, match=r"noise was drawn on 'cuda', and 'cpu' draws other numbers: resume it there"):
         train(noisy, tmp_path / "out")
     del state["noise_device"]  # as older versions wrote it, which drew all noise on the CPU
+    torch.save(state, file)
+    assert train(noisy, tmp_path / "out")["resumed_from"] == 2
+
+
+def test_state_with_noise_of_another_gpu_model_is_refused_and_kept(config, tmp_path, monkeypatch):
+    """``torch.rand`` depends on the number of multiprocessors."""
+    noisy = config(mask_noise=1.0)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: {"cuda:1": "NVIDIA H200"}[str(device)])
+    run = SimpleNamespace(config=noisy, accelerator=SimpleNamespace(device=torch.device("cuda", 1)))
+    name = trainer._Run._noise_device(run)
+    assert name == "NVIDIA H200"
+    monkeypatch.setattr(trainer._Run, "_noise_device", lambda self: name)
+    interrupt(noisy, tmp_path / "out")
+    file = tmp_path / "out" / "run" / "checkpoint.pt"
+    state = torch.load(file, weights_only=True)
+    torch.save(state | {"noise_device": "NVIDIA A100-SXM4-80GB"}, file)
+    with pytest.raises(ValueError, match=r"drawn on 'NVIDIA A100-SXM4-80GB', and 'NVIDIA H200' draws other numbers"):
+        train(noisy, tmp_path / "out")
     torch.save(state, file)
     assert train(noisy, tmp_path / "out")["resumed_from"] == 2
 
