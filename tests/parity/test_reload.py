@@ -77,7 +77,12 @@ def test_failed_and_partial_reloads(tmp_path):
                     if tensor is not None:
                         tensor.data.fill_(float("nan") if tensor.is_floating_point() else 255)
 
+        fine_tuned = {k: v for k, v in weights(tmp_path / "b").items() if not k.endswith(MASKS)}
         engine.inspect(lose_memory)
+        with pytest.raises(ValueError, match="include the masks in the reload"):
+            reload(engine, weights_iterator=iter(fine_tuned.items()))
+        with pytest.raises(RuntimeError, match="include the masks in the reload"):
+            engine.inspect(lambda model: model.compute_logits(torch.zeros(1, 128)))
         reload(engine, tmp_path / "a")
         assert tokens(engine) == before
         engine.inspect(one_by_one)
@@ -91,7 +96,6 @@ def test_failed_and_partial_reloads(tmp_path):
         reload(engine, tmp_path / "a")
         assert tokens(engine) == before
 
-        fine_tuned = {k: v for k, v in weights(tmp_path / "b").items() if not k.endswith(MASKS)}
         reload(engine, weights_iterator=iter(fine_tuned.items()))
         expected = tiny_model("llama")
         expected.load_state_dict(fine_tuned, strict=False)

@@ -176,11 +176,11 @@ class ToMoEAttention(nn.Module):
     def _kept_dims(self, name: str, width: int) -> Tensor:
         """The checkpoint's mask ``name``, [A], or all dims where heads stay whole."""
         is_pruned = width < self.head_dim
-        return getattr(self.head_gate, name) if is_pruned else torch.ones_like(self.head_gate.query_key_dims)
+        return self.head_gate.kept_dims(name) if is_pruned else torch.ones_like(self.head_gate.query_key_dims)
 
     def _kept_columns(self) -> Tensor:
         """Column indices kept in this rank's output projection, [columns] int64."""
-        return self._in_all_heads(self.head_gate.value_dims.nonzero().flatten(), self.num_heads)
+        return self._in_all_heads(self.head_gate.kept_dims("value_dims").nonzero().flatten(), self.num_heads)
 
     def _in_all_heads(self, dims: Tensor, num_heads: int) -> Tensor:
         """Dims of one head, [C], as indices into ``num_heads`` whole heads: [num_heads * C]."""

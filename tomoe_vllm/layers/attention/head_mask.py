@@ -33,6 +33,9 @@ class ToMoEHeadMask(nn.Module):
         self.vo_mode, self.top_k = config.vo_mode, config.vo_head_dims[layer_idx]
         num_query_key = config.qk_head_dims[layer_idx]
         self.widths = {"query_key_dims": num_query_key, "value_dims": self.top_k}
+        self.mask_names = {"query_key_dims": "query_key_mask"} | (
+            {"value_dims": "static_value_mask"} if self.vo_mode == "static" else {}
+        )
         self._add_dims(
             "query_key_dims", "query_key_mask", _initial_dims(num_query_key, shape.head_dim, shape.rotary_dim)
         )
@@ -61,11 +64,28 @@ class ToMoEHeadMask(nn.Module):
         self.register_parameter(name, parameter)
         self.register_buffer(mask_name, kept.to(torch.get_default_dtype()), persistent=False)
 
+    def _num_kept(self, name: str) -> int:
+        return int(getattr(self, name).count_nonzero())
+
+    def kept_dims(self, name: str) -> Tensor:
+        """The checkpoint's mask ``name``, [A], to prune weights by.
+
+        Where sleep level 2 discarded it, the mask before: pruned shapes stay right until :meth:`finish_loading` raises.
+        """
+        return getattr(self, name if self._num_kept(name) == self.widths[name] else self.mask_names[name])
+
     def finish_loading(self) -> None:
-        """Set the masks in the model's dtype, after loading."""
-        self.query_key_mask.copy_(self.query_key_dims)
-        if self.vo_mode == "static":
-            self.static_value_mask.copy_(self.value_dims)
+        """Set the masks in the model's dtype, after loading.
+
+        Raises ``ValueError`` for a mask of another number of dims than was loaded: sleep level 2 discards parameters.
+        """
+        for name, mask_name in self.mask_names.items():
+            if (num_kept := self._num_kept(name)) != self.widths[name]:
+                raise ValueError(
+                    f"{self.prefix}.{name} keeps {num_kept} dims and was loaded with {self.widths[name]}, as after "
+                    "sleep level 2; include the masks in the reload"
+                )
+            getattr(self, mask_name).copy_(getattr(self, name))
 
     def mask_query_key(self, heads: Tensor) -> Tensor:
         """Zero the pruned Q/K dims of every head: [T, H * A] -> [T, H * A]."""

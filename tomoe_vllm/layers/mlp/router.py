@@ -35,13 +35,16 @@ class ToMoERouter(nn.Module):
     ``router.weight``: [N, D] float32. ``signature``: [F / tp, ceil(N / 8)] uint8, the checkpoint's bits, in its order.
     ``expert_masks``: [N, F / tp] in the model's dtype, and ``neuron_ids``, ``widths`` (:func:`neuron_lists`), the same
     information in the form that the kernels read; :meth:`set_masks` derives them. ``num_loads``: how often it did.
-    ``record``: the buffer of :func:`make_record`. ``is_sharded=False``: every rank holds the masks of all neurons.
+    ``loaded_widths``: kept neurons of each expert on this rank, by the signature that was loaded last. ``max_widths``:
+    of the widest expert on each rank, by the first one. ``record``: the buffer of :func:`make_record`.
+    ``is_sharded=False``: every rank holds the masks of all neurons.
 
     Before a checkpoint is loaded all experts keep the same neurons, of the right number, so ``--load-format dummy``,
     which does not set integers, works too.
 
     Raises ``ValueError`` for a tensor parallel size that does not divide the neurons, and while loading for a signature
-    of another shape, dtype or number of neurons than the config says.
+    of another shape, dtype or number of neurons than the config says, or for a later one with more neurons of an expert
+    on any rank than the first. All ranks raise then, so that none waits for another.
     """
 
     expert_masks: Tensor
@@ -64,9 +67,10 @@ class ToMoERouter(nn.Module):
         num_local = self.num_neurons // tp_size if is_sharded else self.num_neurons
         self.start = get_tensor_model_parallel_rank() * num_local if is_sharded else 0
         self.router = nn.Linear(config.hidden_size, self.num_experts, bias=False, dtype=torch.float32)
-        masks = (
-            _evenly_spaced(self.width, self.num_neurons).narrow(0, self.start, num_local).expand(self.num_experts, -1)
-        )
+        evenly_spaced = _evenly_spaced(self.width, self.num_neurons).unflatten(0, (-1, num_local))
+        self.max_widths: list[int] = evenly_spaced.sum(dim=1).tolist()
+        masks = evenly_spaced[self.start // num_local].expand(self.num_experts, -1)
+        self.loaded_widths: list[int] = masks.sum(dim=1).tolist()
         signature = pack_signature(masks)
         self.signature = nn.Parameter(signature, requires_grad=False)
         set_weight_attrs(self.signature, {"weight_loader": self._load_signature})
@@ -82,34 +86,49 @@ class ToMoERouter(nn.Module):
             raise ValueError(
                 f"{self.prefix}.signature is {loaded.dtype} {list(loaded.shape)}; it must be uint8 {list(shape)}"
             )
-        widths = unpack_signature(loaded, self.num_experts).sum(dim=1).tolist()
+        num_local = param.shape[0]
+        shares = unpack_signature(loaded, self.num_experts).unflatten(1, (-1, num_local)).sum(dim=2)  # [N, ranks]
+        widths = shares.sum(dim=1).tolist()
         if any(width != self.width for width in widths):
             raise ValueError(
                 f"{self.prefix}.signature gives experts of {widths} neurons; config.json says {self.width}. "
                 "Export the checkpoint again"
             )
-        param.data.copy_(loaded.narrow(0, self.start, param.shape[0]))
+        max_widths: list[int] = shares.amax(dim=0).tolist()
+        if not self.num_loads:
+            self.max_widths = max_widths
+        elif any(new > first for new, first in zip(max_widths, self.max_widths, strict=True)):
+            raise ValueError(
+                f"{self.prefix}.signature gives the tensor-parallel ranks up to {max_widths} neurons of an expert, and "
+                f"the engine was started with {self.max_widths}; restart it on the new checkpoint"
+            )
+        self.loaded_widths = shares[:, self.start // num_local].tolist()
+        param.data.copy_(loaded.narrow(0, self.start, num_local))
 
     def masks(self) -> Tensor:
-        """The masks of ``signature``, in the order of the checkpoint: [N, F / tp] bool."""
-        return unpack_signature(self.signature.data, self.num_experts)
+        """The masks of ``signature``, in the order of the checkpoint: [N, F / tp] bool.
+
+        Raises ``ValueError`` if they are not those that were loaded: sleep level 2 discards parameters.
+        """
+        masks = unpack_signature(self.signature.data, self.num_experts)
+        if (widths := masks.sum(dim=1).tolist()) != self.loaded_widths:
+            raise ValueError(
+                f"{self.prefix}.signature gives experts of {widths} neurons and was loaded with {self.loaded_widths}, "
+                "as after sleep level 2; include the masks in the reload"
+            )
+        return masks
 
     def set_masks(self, masks: Tensor) -> None:
         """Set the masks and lists that the kernels read, after loading. ``masks``: [N, F / tp] bool.
 
-        The first call allocates the lists. Later ones keep their addresses, which CUDA graphs contain. Raises
-        ``ValueError`` if an expert then keeps more neurons of this rank than the lists hold.
+        The first call allocates the lists. Later ones keep their addresses, which CUDA graphs contain.
         """
         self.expert_masks.copy_(masks)
         neuron_ids, widths = neuron_lists(masks)
         if not self.num_loads:
             self.neuron_ids, self.widths = neuron_ids, widths
-        elif (width := neuron_ids.shape[1]) > self.neuron_ids.shape[1]:
-            raise ValueError(
-                f"{self.prefix}.signature gives a tensor-parallel rank {width} neurons of an expert, and the engine "
-                f"was started with at most {self.neuron_ids.shape[1]}; restart it on the new checkpoint"
-            )
         else:
+            width = neuron_ids.shape[1]
             self.neuron_ids[:, :width].copy_(neuron_ids)
             self.neuron_ids[:, width:] = 0
             self.widths.copy_(widths)
