@@ -94,13 +94,16 @@ class StrictLoader:
         try:
             if self.why_not_reloadable is not None:
                 raise ValueError(f"{self.why_not_reloadable}. The weights are unchanged")
-            return self._load(weights)
+            loaded = self._load(weights)
         except Exception as error:
             restore_layers(self.model)
             self._seen.clear()
             if self.why_not_reloadable is None:
                 self.failure = f"reloading the weights failed ({error})"
             raise
+        if self._seen:  # until finish(), which an error in vLLM's own processing of the weights would skip
+            self.failure = "reloading the weights did not end"
+        return loaded
 
     def _load(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         unused: list[str] = []

@@ -52,3 +52,23 @@ def test_rotary_buffers_of_old_checkpoints_are_ignored_as_by_vllm(name):
         StrictLoader(nn.Linear(2, 2), load_format="auto", why_not_reloadable=None, **options).load(
             (weights | {"model.other": torch.ones(4)}).items()
         )
+
+
+def test_a_model_does_not_run_between_new_weights_and_the_end_of_a_reload(monkeypatch):
+    """An error in vLLM's own processing of the weights would leave it there."""
+    from vllm.model_executor.models.utils import WeightsMapper
+
+    from tomoe_vllm.models import loading
+
+    options = {"mapper": WeightsMapper(), "packed_modules": {}, "is_tied": False, "is_quantized": False}
+    loader = loading.StrictLoader(nn.Linear(2, 2), load_format="auto", why_not_reloadable=None, **options)
+    weights = {"weight": torch.ones(2, 2), "bias": torch.ones(2)}
+    loader.load(weights.items())
+    assert not loader.finish()
+    monkeypatch.setattr(loading, "is_reloading", lambda model: True)
+    loader.load({}.items())
+    assert loader.failure is None, "no tensor came"
+    loader.load(weights.items())
+    assert loader.failure == "reloading the weights did not end"
+    assert loader.finish()
+    assert loader.failure is None
