@@ -24,7 +24,7 @@ from tomoe_vllm.layers.mlp.layout import layer_shapes
 KEY = "tomoe_graph"
 """Key of the digest in vLLM's ``additional_config``."""
 _PACKAGE = Path(__file__).parents[1]
-_SOURCES = ("hf", "kernels", "layers", "models")
+_SOURCES = ("compat", "hf", "kernels", "layers", "models")
 """Folders with code that decides what is traced. vLLM compares only the files that tracing entered."""
 
 
