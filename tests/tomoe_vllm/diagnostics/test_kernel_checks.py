@@ -19,9 +19,10 @@ class PretendedDevice(InterpretedDevice):
     type = "gpu"
 
 
-def route(hidden_states, router_weight, record):
+def route(hidden_states, router_weight, record=None):
     ids = (hidden_states.float() @ router_weight.T).argmax(dim=1)
-    record.copy_(ids)
+    if record is not None:
+        record.copy_(ids)
     return ids
 
 
