@@ -130,7 +130,7 @@ def test_a_gpu_holds_its_share_of_the_base_and_one_layer(two_gpus):
         whole, shared = rank["copies_memory"], rank["sharded_memory"]
         assert whole["held_after"] >= whole["layers"] + whole["others"]
         share = shared["others"] + shared["layers"] // 2
-        assert share <= shared["held_after"] <= share + 50_000
+        assert share <= shared["held_after"] <= share + 10_000
         assert shared["loading"] <= share + 10_000
         assert shared["computing"] <= share + shared["largest_layer"] + 50_000
 

@@ -7,7 +7,7 @@ Two kernels, of which one runs, by the number of tokens:
 
 Few tokens: each program reads the whole router, 131 KB for N = 8 and D = 4,096. A multiprocessor takes 64 bytes a cycle
 from L2, so this is 1.2 us beside a launch of about 2 us. More programs a token would need a second launch to find the
-argmax, or atomics on a counter that somebody must reset. Many tokens: reading the router once a token would be 1.1 GB
+argmax, or atomics on a counter that must be reset. Many tokens: reading the router once a token would be 1.1 GB
 of L2 traffic for 8,192 of them; by tiles of 16 tokens it is 67 MB, as much as the hidden states themselves.
 
 Equal logits go to the first expert, and a NaN counts as the largest logit, as in ``torch.argmax``.
